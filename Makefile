@@ -1,0 +1,41 @@
+# make run    the pipeline, from an empty folder to metrics/report.html
+# make test   the tests
+# make lint   the linter
+# make lock   requirements.in into requirements.txt, each package at its newest
+# Another Python than python3: make run PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: run test lint lock
+.DELETE_ON_ERROR:
+
+run: $(INSTALLED)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+
+test: $(INSTALLED)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+# touched last, so that an install that was interrupted is taken up again
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is not Python 3.10 to 3.13; name one that is: make PYTHON=python3.12" >&2; exit 2; }
+	@echo "installing into .venv, about two minutes, once" >&2
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# NVIDIA's packages are left out: the build of torch that pip picks pins its own, and on a CPU there are none
+lock: $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
+	@$(BIN)/uv pip compile requirements.in --universal --python-version 3.10 --no-header --annotation-style line \
+		--quiet > .venv/lock.txt
+	@{ echo "# Made by make lock: uv pip compile requirements.in --universal --python-version 3.10, without the" \
+		"CUDA packages, because the build of torch that pip picks pins its own."; \
+		grep -vE '^(nvidia-|cuda-|triton)' .venv/lock.txt; } > .venv/requirements.txt
+	@mv .venv/requirements.txt requirements.txt

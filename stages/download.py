@@ -1,0 +1,90 @@
+"""A source named in params.yaml in; its files, fit for the next stage, and where they came from (provenance.json) out.
+
+python -m stages.download model models/base
+python -m stages.download data data/raw
+"""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+from stages import params
+from stages.outputs import new_folder, write_json
+from stages.refusal import Refusal, run
+from stages.sources.provenance import Provenance, checksums
+
+PROVENANCE = "provenance.json"
+TEMPLATES = Path(__file__).parent / "models" / "templates"
+
+
+def main(arguments: list[str]) -> None:
+    """Fetch the model or the data into the folder named second."""
+    if len(arguments) != 2 or arguments[0] not in ("model", "data"):
+        raise Refusal("usage: python -m stages.download model|data FOLDER")
+    section = getattr(params.load(), arguments[0])
+    stage = model if arguments[0] == "model" else data
+    with new_folder(Path(arguments[1])) as folder:
+        stage(section, folder)
+        for path in folder.iterdir():
+            path.chmod(0o644)  # safetensors saves with 0600
+
+
+def data(section: params.Data, folder: Path) -> None:
+    """Fill `folder` with the rows' files."""
+    provenance = fetch(section.fetch, folder)
+    write_json(folder / PROVENANCE, {**provenance.model_dump(), "license": section.license})
+
+
+def model(section: params.Model, folder: Path) -> None:
+    """Fill `folder` with a model that transformers loads: plain weights, tokenizer and chat template."""
+    template = find_template(section.chat_template)
+    provenance = fetch(section.fetch, folder)
+    open_gguf(folder)
+    if not (folder / "config.json").is_file():
+        raise Refusal(f"{', '.join(provenance.files)}: is no model; fetch a .gguf file or a folder with a config.json")
+    if template:
+        shutil.copyfile(template, folder / "chat_template.jinja")
+    refuse_without_template(folder)
+    write_json(folder / PROVENANCE, {**provenance.model_dump(), "produced": checksums(folder)})
+
+
+def fetch(spec: params.Section, folder: Path) -> Provenance:
+    """Have the source that `spec` is of fill `folder`."""
+    provenance = importlib.import_module(f"stages.sources.{spec.source}").fetch(spec, folder)
+    if PROVENANCE in provenance.files:
+        raise Refusal(f"{provenance.origin[-1]}: brings a file called {PROVENANCE}, which is written here; rename it")
+    return provenance
+
+
+def find_template(name: str | None) -> Path | None:
+    """The template's file; raises Refusal, naming those there are, when there is none."""
+    known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+    if name is not None and name not in known:
+        raise Refusal(f"params.yaml: model.chat_template is {name!r}; templates there are: {', '.join(known)}")
+    return name and TEMPLATES / f"{name}.jinja"
+
+
+def open_gguf(folder: Path) -> None:
+    """Put the model that a .gguf file in `folder` holds in the file's place."""
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise Refusal(f"{files[1].name}: is a second .gguf file beside {files[0].name}; fetch one")
+    if files:
+        from stages.models import gguf  # brings torch, which takes seconds that no other source needs
+
+        gguf.dequantize(files[0], folder)
+        files[0].unlink()
+
+
+def refuse_without_template(folder: Path) -> None:
+    """Raise Refusal when a conversation could not be written in the model's own form."""
+    config = folder / "tokenizer_config.json"
+    inside = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    if not inside and not (folder / "chat_template.jinja").is_file():
+        known = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+        raise Refusal(f"params.yaml: the model brings no chat template; set model.chat_template to one of: {known}")
+
+
+if __name__ == "__main__":
+    run(main)

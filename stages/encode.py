@@ -1,0 +1,175 @@
+"""Conversations in; tokens out, with the supervised ones marked: each answer and its terminator, nothing else.
+
+    python -m stages.encode models/base data/conversations data/tokens metrics/tokens.json
+
+What would waste hours of training unseen stops here in seconds, in one line that names the row.
+"""
+
+import itertools
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from stages import conversation
+from stages.conversation import SIDES, Conversation
+from stages.outputs import new_folder, write_json
+from stages.params import load
+from stages.refusal import Refusal, run
+
+IGNORED = -100  # the label of a token that the loss leaves out; torch's own default
+ROWS_AT_ONCE = 1000
+SCHEMA = pyarrow.schema(
+    [
+        ("id", pyarrow.string()),
+        ("input_ids", pyarrow.list_(pyarrow.int32())),
+        ("labels", pyarrow.list_(pyarrow.int32())),
+        ("prompt_tokens", pyarrow.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row's tokens; `labels` repeats the supervised ones and is IGNORED elsewhere.
+
+    `prompt_tokens` is the number of tokens before the last answer, which is what generation starts from.
+    """
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+    prompt_tokens: int
+
+
+class Encoder:
+    """A model's tokenizer and chat template, turned on conversations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, terminators: set[int]):
+        self.tokenizer = tokenizer
+        self.terminators = terminators
+        self.adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+
+    def encode(self, rows: list[Conversation]) -> list[Encoded]:
+        """Encode rows in one call of the tokenizer; raises Refusal naming the first row that cannot be right."""
+        # each answer needs two texts: what stands before it, and the same with the answer
+        turns = [[i for i, m in enumerate(row.messages) if m.role == "assistant"] for row in rows]
+        texts = [
+            text
+            for row, answers in zip(rows, turns, strict=True)
+            for i in answers
+            for text in (self._render(row, i, open_turn=True), self._render(row, i + 1, open_turn=False))
+        ]
+        tokens = iter(self.tokenizer(texts, add_special_tokens=False).input_ids)
+        return [
+            self._row(row, [(next(tokens), next(tokens)) for _ in answers])
+            for row, answers in zip(rows, turns, strict=True)
+        ]
+
+    def _render(self, row: Conversation, until: int, open_turn: bool) -> str:
+        messages = [message.model_dump() for message in row.messages[:until]]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+        except TemplateError as error:
+            raise Refusal(f"{row.where}: the chat template refuses the row: {error}") from None
+
+    def _row(self, row: Conversation, turns: list[tuple[list[int], list[int]]]) -> Encoded:
+        bos = self.tokenizer.bos_token_id
+        input_ids = turns[-1][1]
+        if bos is not None and input_ids[:2] == [bos, bos]:
+            raise Refusal(f"{row.where}: begins with BOS twice; take it out of the chat template or the text")
+        if self.adds_bos and input_ids[0] != bos:
+            raise Refusal(
+                f"{row.where}: does not begin with BOS, which this model was trained with; mend the chat template"
+            )
+        labels = [IGNORED] * len(input_ids)
+        for prompt, whole in turns:
+            if whole[: len(prompt)] != prompt or (whole is not input_ids and input_ids[: len(prompt)] != prompt):
+                raise Refusal(
+                    f"{row.where}: the prompt's tokens are not how the whole row begins; mend the chat template"
+                )
+            end = max((i + 1 for i, token in enumerate(whole) if token in self.terminators), default=0)
+            if end <= len(prompt):
+                raise Refusal(f"{row.where}: no terminator after the answer; the model would never learn to stop")
+            if end == len(prompt) + 1:
+                raise Refusal(f"{row.where}: nothing is supervised, the answer is empty; write it or leave the row out")
+            if input_ids[:end] != whole[:end]:
+                raise Refusal(f"{row.where}: an earlier turn changes when later ones follow; mend the chat template")
+            labels[len(prompt) : end] = whole[len(prompt) : end]
+        # nothing after the last terminator is learned or read
+        return Encoded(row.id, input_ids[:end], labels[:end], len(turns[-1][0]))
+
+
+def cut(rows: Iterable[Encoded], max_length: int, counts: Counter) -> Iterator[Encoded]:
+    """Cut rows to `max_length` tokens, counting them; one with no supervised token left is dropped and counted."""
+    for row in rows:
+        counts["tokens"] += len(row.input_ids)
+        if len(row.input_ids) <= max_length:
+            yield row
+            continue
+        counts["truncated"] += 1
+        labels = row.labels[:max_length]
+        if all(label == IGNORED for label in labels):
+            counts["dropped"] += 1
+        else:
+            yield Encoded(row.id, row.input_ids[:max_length], labels, row.prompt_tokens)
+
+
+def marked(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The row's text with its supervised parts between ⟦ and ⟧."""
+    pieces = []
+    for supervised, group in itertools.groupby(range(len(row.labels)), key=lambda i: row.labels[i] != IGNORED):
+        text = tokenizer.decode([row.input_ids[i] for i in group], skip_special_tokens=False)
+        pieces.append(f"⟦{text}⟧" if supervised else text)
+    return "".join(pieces)
+
+
+def terminators(base: Path) -> set[int]:
+    """The tokens that end an answer, as the model's generation_config.json names them."""
+    file = base / "generation_config.json"
+    stops = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    if stops is None:
+        raise Refusal(f"{file}: names no eos_token_id, so no answer could end; write one, as the model's card says it")
+    return {stops} if isinstance(stops, int) else set(stops)
+
+
+def main(arguments: list[str]) -> None:
+    base, conversations, out, metrics = (Path(argument) for argument in arguments)
+    max_length = load().encode.max_length
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    stops = terminators(base)
+    encoder = Encoder(tokenizer, stops)
+    totals = {}
+    with new_folder(out) as folder:
+        sample: list[str] = []
+        for name in SIDES:
+            counts: Counter = Counter()
+            rows = conversation.read(conversations / f"{name}.jsonl")
+            # test rows are generated from, whatever their length
+            limit = max_length if name != "test" else sys.maxsize
+            with pyarrow.parquet.ParquetWriter(folder / f"{name}.parquet", SCHEMA) as file:
+                while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
+                    kept = list(cut(encoder.encode(batch), limit, counts))
+                    counts["rows"] += len(kept)
+                    counts["supervised"] += sum(label != IGNORED for row in kept for label in row.labels)
+                    file.write_table(pyarrow.Table.from_pylist([vars(row) for row in kept], SCHEMA))
+                    sample += [marked(row, tokenizer) for row in kept[: 5 - len(sample)]]
+            if name != "test" and not counts["rows"]:
+                raise Refusal(f"every {name} row's answer begins after token {max_length}; raise encode.max_length")
+            totals[name] = counts
+        (folder / "sample.txt").write_text(("\n" + "-" * 80 + "\n").join(sample) + "\n", encoding="utf-8")
+    kinds = ("rows", "tokens", "supervised", "truncated", "dropped")
+    write_json(metrics, {f"{name}_{kind}": totals[name][kind] for name in SIDES for kind in kinds})
+    for name in SIDES:
+        print(f"{name}: " + ", ".join(f"{totals[name][kind]} {kind}" for kind in kinds), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,84 @@
+"""A model and the test rows in; every answer beside its reference out, and its scores.
+
+    python -m stages.evaluate models/merged data/conversations/test.jsonl data/tokens/test.parquet \
+        data/answers/tuned.jsonl metrics/tuned.json
+"""
+
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from stages import conversation, timing
+from stages.models.generate import attention_for_generation, generate
+from stages.models.load import load_model, mean_loss
+from stages.models.machine import resolve
+from stages.outputs import write_json, write_jsonl
+from stages.params import load
+from stages.refusal import run
+
+
+def main(arguments: list[str]) -> None:
+    folder, conversations, tokens, answers_file, metrics = (Path(argument) for argument in arguments)
+    params = load()
+    began = time.monotonic()
+    machine = resolve(params.machine)
+    task = importlib.import_module(f"stages.tasks.{params.task.name}")
+    encoded = {row["id"]: row for row in pyarrow.parquet.read_table(tokens).to_pylist()}
+    # ids are hashes, so that the first of them are an even sample and stay the same when rows are added
+    rows = sorted(conversation.read(conversations), key=lambda row: row.id)[: params.evaluate.rows]
+    model = load_model(folder, machine.device, machine.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with torch.inference_mode():
+        loss = mean_loss(model, [encoded[row.id] for row in rows], machine.tokens_per_pack)
+    stops = model.generation_config.eos_token_id
+    model.set_attn_implementation(attention_for_generation(model))
+    generating = time.monotonic()
+    with tqdm(total=len(rows), unit="answer", file=sys.stderr, mininterval=1.0) as bar:
+        found = generate(
+            model,
+            [encoded[row.id]["input_ids"][: encoded[row.id]["prompt_tokens"]] for row in rows],
+            {stops} if isinstance(stops, int) else set(stops),
+            params.evaluate.max_new_tokens,
+            machine.rows_per_batch,
+            on_batch=bar.update,
+        )
+    generated = time.monotonic()
+    texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() for answer in found]
+    scores = list(task.score(rows, texts, params.task))
+    write_jsonl(
+        answers_file,
+        (
+            {
+                "id": row.id,
+                "where": row.where,
+                "prompt": row.prompt[-1].content,
+                "reference": row.reference,
+                "answer": text,
+                "stopped": answer.stopped,
+                "scores": score,
+            }
+            for row, text, answer, score in zip(rows, texts, found, scores, strict=True)
+        ),
+    )
+    means = {name: round(sum(score[name] for score in scores) / len(scores), 6) for name in scores[0]}
+    stop_rate = round(sum(answer.stopped for answer in found) / len(found), 6)
+    write_json(metrics, {"rows": len(rows), **means, "stop_rate": stop_rate, "loss": round(loss, 6)})
+    timing.record(
+        f"evaluate_{metrics.stem}",
+        seconds=round(time.monotonic() - began, 1),
+        generation_seconds=round(generated - generating, 1),
+        scoring_seconds=round(time.monotonic() - generated, 1),
+        tokens_per_second=round(sum(len(answer.tokens) for answer in found) / (generated - generating), 1),
+        peak_gib=timing.peak_gib(),
+    )
+    print(", ".join(f"{name} {value:.1%}" for name, value in means.items()) + f", loss {loss:.3f}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,80 @@
+"""Attention over packed rows, in which no row sees another: `attn_implementation="packed"`.
+
+Registered with transformers on import. What sees what comes as the keyword `segments` of the model's forward pass
+(packs.Pack.segments); no mask is built for the pack as a whole.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from stages.models.packs import Segment
+
+PACKED = "packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    segments: tuple[Segment, ...],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each segment and over what it shares. query: [1, H, T, D]; key, value: [1, G, T, D],
+    G a divisor of H.
+
+    Returns [1, T, H, D]. `sliding_window` counts the tokens that one sees, itself among them; `softcap` bounds the
+    scores by c·tanh(s/c) before the softmax, as Gemma 2 does.
+    """
+    assert attention_mask is None, "packed rows know what they see and take no mask"
+    attend = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
+    if softcap is not None:
+        attend = functools.partial(_softcapped, dropout_p=dropout, scale=scaling, softcap=softcap)
+    parts = []
+    for start, end, shared_start, shared_end in segments:
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        if shared_end > shared_start:
+            k, v = (torch.cat((x[:, :, shared_start:shared_end], own), dim=2) for x, own in ((key, k), (value, v)))
+        queries, keys = q.shape[2], k.shape[2]
+        if softcap is None and queries == keys and (sliding_window is None or keys <= sliding_window):
+            parts.append(attend(q, k, v, is_causal=True))
+        else:
+            parts.append(attend(q, k, v, attn_mask=seen(queries, keys, sliding_window, q.device)))
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+@functools.lru_cache(maxsize=256)  # every layer asks for the same few
+def seen(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[queries, keys], True where the query sees the key, the last query standing at the last key."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask if window is None else mask.triu(keys - queries + 1 - window)
+
+
+def _softcapped(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor,
+    dropout_p: float,
+    scale: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    heads = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(heads, dim=1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~attn_mask, float("-inf"))
+    weights = F.dropout(torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), dropout_p)
+    return weights @ v
+
+
+AttentionInterface.register(PACKED, packed_attention)

@@ -1,0 +1,174 @@
+"""Metrics, loss curve and answers in; one HTML page that a person reads out: no script, nothing loaded, no dates.
+
+    python -m stages.report metrics/data.json metrics/tokens.json metrics/train.json metrics/loss.csv \\
+        metrics/merge.json metrics/base.json metrics/tuned.json data/answers/base.jsonl data/answers/tuned.jsonl \\
+        models/base/provenance.json data/raw/provenance.json metrics/report.html
+"""
+
+import csv
+import importlib
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from stages.conversation import SIDES
+from stages.outputs import new_file
+from stages.params import Params, load
+from stages.refusal import Refusal, run
+
+EXAMPLES = 4  # of each kind
+INK = "#808081"  # stands for the page's own text colour, light or dark, until the SVG is written
+NATS = ("loss",)  # scores that are not shares
+
+
+@dataclass(frozen=True)
+class Example:
+    """One test row with the base model's answer and the tuned model's, both as evaluate wrote them."""
+
+    base: dict[str, Any]
+    tuned: dict[str, Any]
+
+    @property
+    def question(self) -> str:
+        """The prompt's last paragraph that is more than a heading: context such as a schema stands before it."""
+        paragraphs = [part for part in self.base["prompt"].split("\n\n") if part.strip()]
+        told = [part for part in paragraphs if "\n" in part.strip() or not part.lstrip().startswith("#")]
+        return (told or paragraphs or [""])[-1].strip()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Test rows on which tuning had one effect, and how many there are; `examples` holds the first few."""
+
+    title: str
+    count: int
+    examples: list[Example]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def pair(base: Path, tuned: Path) -> list[Example]:
+    """Both models' answers, row by row; raises Refusal when they are not to the same rows."""
+    before, after = (
+        {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        for path in (base, tuned)
+    )
+    if before.keys() != after.keys():
+        raise Refusal(f"{base} and {tuned}: answer different rows; run both again: dvc repro -f evaluate@base")
+    return [Example(before[identity], after[identity]) for identity in sorted(before)]
+
+
+def kinds(examples: list[Example], headline: str) -> list[Kind]:
+    """Every test row under what tuning did to its `headline` score: 0 is wrong, 1 is right."""
+    rows: dict[str, list[Example]] = {"Fixed": [], "Broken": [], "Still wrong": [], "Right before and after": []}
+    for example in examples:
+        before, after = example.base["scores"][headline], example.tuned["scores"][headline]
+        if after != before:
+            rows["Fixed" if after > before else "Broken"].append(example)
+        else:
+            rows["Still wrong" if after < 1 else "Right before and after"].append(example)
+    return [Kind(title, len(found), found[:EXAMPLES]) for title, found in rows.items()]
+
+
+def read_curve(path: Path, column: str) -> tuple[list[int], list[float]]:
+    """The steps at which `column` has a finite number, and the numbers."""
+    with path.open(encoding="utf-8", newline="") as file:
+        points = [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    return [step for step, _ in finite], [value for _, value in finite]
+
+
+def smoothed(values: list[float], reach: int) -> list[float]:
+    """At each place the mean of the values at most `reach` places away."""
+    return [sum(near) / len(near) for i in range(len(values)) for near in [values[max(0, i - reach) : i + reach + 1]]]
+
+
+def draw(curve: Path) -> Markup:
+    """The loss curve as an SVG element in the page's colours: the same bytes for the same numbers."""
+    steps, losses = read_curve(curve, "loss")
+    reach = len(losses) // 40
+    matplotlib.rcdefaults()  # whatever a matplotlibrc on this machine says
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context({**ink, "svg.hashsalt": "lorepro", "svg.fonttype": "none", "font.size": 11}):
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(steps, losses, color="#3987e5", alpha=0.45, linewidth=0.8, label="training, each step")
+        axes.plot(steps, smoothed(losses, reach), color="#3987e5", label=f"training, mean of {2 * reach + 1}")
+        axes.plot(*read_curve(curve, "validation_loss"), "o-", color="#d95926", markersize=5, label="validation")
+        axes.set(xlabel="optimizer step", ylabel="loss, nats a supervised token", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue().replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return Markup(svg)  # unescaped: drawn here out of numbers alone
+
+
+def parameters(params: Params) -> Iterator[tuple[str, Any]]:
+    """Every parameter that decides the result, as `-S` names it; what was fetched is told by the provenance."""
+
+    def flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                yield from flat(f"{key}.{name}", inner)
+        elif not isinstance(value, list):
+            yield key, "null" if value is None else value
+        else:
+            yield key, ", ".join(map(str, value))
+
+    for name in Params.model_fields:
+        if name != "machine":  # the same result, faster or slower
+            exclude = {"fetch"} if name in ("model", "data") else None
+            yield from flat(name, getattr(params, name).model_dump(by_alias=True, exclude=exclude))
+
+
+def score(value: float | None, name: str, signed: bool = False) -> str:
+    """A score, or with `signed` the difference of two, as text: shares in percent, a loss as it is."""
+    if value is None:
+        return "–"
+    scaled, digits = (value, 3) if name in NATS else (100 * value, 1)
+    text = f"{round(scaled, digits) + 0.0:{'+' if signed else ''},.{digits}f}".replace("-", "−")
+    return text if name in NATS else text + (" points" if signed else "%")
+
+
+def main(arguments: list[str]) -> None:
+    *inputs, out = (Path(argument) for argument in arguments)
+    data, tokens, train, curve, merge, base, tuned, base_answers, tuned_answers, model_origin, data_origin = inputs
+    params = load()
+    headline = importlib.import_module(f"stages.tasks.{params.task.name}").HEADLINE
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    templates = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters.update(score=score, words=lambda name: name.replace("_", " "))
+    page = templates.get_template("report.html.jinja").render(
+        **{path.stem: read(path) for path in (data, tokens, train, merge, base, tuned)},
+        task=params.task.name,
+        headline=headline,
+        curve=draw(curve),
+        kinds=kinds(pair(base_answers, tuned_answers), headline),
+        sides=SIDES,
+        model_origin=read(model_origin),
+        data_origin=read(data_origin),
+        max_kl=params.merge.max_kl,
+        parameters=list(parameters(params)),
+    )
+    with new_file(out) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,9 @@
+"""Where models and data come from: one module a source, found by the name that `fetch.source` in params.yaml gives.
+
+A module defines `Spec`, the section of params.yaml that it understands, and
+
+    fetch(spec: Spec, folder: Path) -> Provenance
+
+which fills `folder`, an empty folder, and says what came from where. When that cannot be done it raises Refusal and
+leaves nothing behind. The same spec fills the folder with the same bytes, today and on another machine.
+"""

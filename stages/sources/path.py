@@ -1,0 +1,96 @@
+"""A file of rows, a GGUF file or a folder of weights that already lies on this machine; copied, never linked.
+
+DVC watches `data/own` and `models/own`: what lies there may change, and the pipeline notices. A file elsewhere must be
+named with its sha256, and a folder elsewhere is refused.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from stages.params import Section
+from stages.refusal import Refusal
+from stages.sources.provenance import Provenance, Sha256, checksum, checksums
+
+WATCHED = (Path("data/own"), Path("models/own"))
+FILES = (".jsonl", ".json", ".csv", ".parquet", ".gguf", "")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # loading one runs whatever it holds
+
+
+class Spec(Section):
+    """`path` is relative to the repository's top folder, or absolute; `sha256` is a file's."""
+
+    source: Literal["path"]
+    path: str
+    sha256: Sha256 | None
+
+
+def fetch(spec: Spec, folder: Path) -> Provenance:
+    """Copy what `spec` names into `folder`; raises Refusal, with nothing copied, when it is not fit for use."""
+    path = Path(spec.path)
+    if path.is_dir():
+        files = _weights(spec)
+    elif path.is_file():
+        files = [_file(spec)]
+    else:
+        raise Refusal(f"{spec.path}: there is no such file or folder; correct fetch.path in params.yaml")
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    origin = path.name if path.is_absolute() else path.as_posix()
+    return Provenance(source="path", origin=[origin], files=checksums(folder))
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether `path` as written lies in `folder`; a symbolic link counts as lying where the link lies."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))  # noqa: PTH100 - resolve() follows links
+
+
+def _file(spec: Spec) -> Path:
+    path = Path(spec.path)
+    if path.suffix.lower() not in FILES:
+        raise Refusal(f"{path}: is neither a folder of weights nor one of {', '.join(filter(None, FILES))}")
+    found = checksum(path)
+    if spec.sha256 is None and not any(_is_in(path, folder) for folder in WATCHED):
+        raise Refusal(
+            f"{path}: changes to it would go unnoticed; put it in data/own, or give fetch.sha256, which is now {found}"
+        )
+    if spec.sha256 not in (None, found):
+        raise Refusal(
+            f"{path}: has sha256 {found[:12]}…, not {spec.sha256[:12]}…; "
+            "restore the file, or correct fetch.sha256 in params.yaml"
+        )
+    return path
+
+
+def _weights(spec: Spec) -> list[Path]:
+    """The files at the top of a folder of weights: no pickles, no code, nothing hidden, no subfolders."""
+    path = Path(spec.path)
+    if not _is_in(path, Path("models/own")):
+        raise Refusal(f"{path}: changes to a folder would go unnoticed here; put it, or a link to it, in models/own")
+    if spec.sha256:
+        raise Refusal(f"{path}: a folder has no sha256 of its own; leave fetch.sha256 empty")
+    if not (path / "config.json").is_file():
+        raise Refusal(f"{path}: has no config.json, so it is not a folder of weights; give the folder that has one")
+    left_out = (*PICKLES, ".py")
+    files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != "." and p.suffix.lower() not in left_out)
+    for file in files:
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise Refusal(f"{file}: is a link out of its folder; make a copy that has none with: cp -rL {path} NEW")
+    if not any(file.suffix == ".safetensors" for file in files):
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix.lower() in PICKLES)
+        why = f"only {pickles[0]}, a pickle, which can run code when loaded" if pickles else "no weights"
+        raise Refusal(f"{path}: has {why}; save the model as safetensors")
+    for name in ("config.json", "tokenizer_config.json"):
+        _refuse_remote_code(path / name)
+    return files
+
+
+def _refuse_remote_code(path: Path) -> None:
+    try:
+        holds_code = path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise Refusal(f"{path}: is not JSON: {error}") from None
+    if holds_code:
+        raise Refusal(f"{path}: asks for code of its own (auto_map), which is not run; take a model that needs none")

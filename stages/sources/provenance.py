@@ -1,0 +1,33 @@
+"""What a source hands back: where files came from and their checksums; nothing that differs between two runs."""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Provenance(BaseModel):
+    """`origin` is what to ask the source for again; `files` maps each fetched file's name to its sha256."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    origin: list[str]
+    files: dict[str, Sha256]
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of a file, as 64 hexadecimal digits; memory is flat."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The sha256 of every file in `folder`, by name, in the names' order."""
+    return {path.name: checksum(path) for path in sorted(folder.iterdir())}

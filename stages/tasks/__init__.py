@@ -1,0 +1,12 @@
+"""One file a task, named in params.yaml as task.name. A task is pure: rows in, conversations and scores out.
+
+It defines
+
+- `Options`, a Section with the task's parameters, whose `files()` names the files of data/raw that it reads;
+- `conversations(files, options)`, which yields a Conversation for each row it keeps, and raises Refusal for a bad one;
+- `score(conversations, answers, options)`, which yields for each answer a dict of scores, numbers between 0 and 1 or
+  truth values, under the names that stand in metrics/base.json and metrics/tuned.json;
+- `HEADLINE`, the name of the score that decides.
+
+Training and scoring stand in one file so that they cannot disagree about what an answer is.
+"""

@@ -1,0 +1,50 @@
+"""Alpaca's form: instruction, an input that may be empty, output; under English or Chinese headings."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from stages.conversation import Conversation, Message, conversation
+from stages.params import Section
+from stages.rows import Record, Text
+
+HEADLINE = "exact_match"
+HEADINGS = {
+    "english": ("### Instruction:", "### Input:", "### Response:"),
+    "chinese": ("### 指令:", "### 输入:", "### 回答:"),
+}
+
+
+class Options(Section):
+    name: Literal["instructions"]
+    rows: str
+    headings: Literal["english", "chinese"]
+
+    def files(self) -> dict[str, str]:
+        return {"rows": self.rows}
+
+
+class Row(BaseModel):
+    instruction: Text
+    input: str = ""
+    output: Text
+
+
+def conversations(files: dict[str, Iterator[Record]], options: Options) -> Iterator[Conversation]:
+    """Yield a conversation for each row; the input's heading is left out where the input is empty."""
+    instruction, given, response = HEADINGS[options.headings]
+    for record in files["rows"]:
+        row = record.as_row(Row)
+        parts = [f"{instruction}\n{row.instruction.strip()}"]
+        if row.input.strip():
+            parts.append(f"{given}\n{row.input.strip()}")
+        prompt = [Message(role="user", content="\n\n".join([*parts, response]))]
+        yield conversation(record.where, prompt, row.output.strip(), {"instruction": row.instruction.strip().lower()})
+
+
+def score(conversations: list[Conversation], answers: list[str], _options: Options) -> Iterator[dict[str, Any]]:
+    """Yield whether the answer is the reference, spaces at its ends aside, and its share of the reference's length."""
+    for row, answer in zip(conversations, answers, strict=True):
+        length = min(1.0, len(answer.strip()) / len(row.reference))
+        yield {"exact_match": answer.strip() == row.reference, "length": length}

@@ -1,0 +1,145 @@
+"""Questions about a database, answered in SQL; an answer is right when it gives what the reference gives, executed.
+
+Rows bring a question, a query and the name of a database whose tables stand in a file of Spider's form, or the
+database's own CREATE TABLE statements.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from stages.conversation import Conversation, Message, conversation
+from stages.params import Section
+from stages.refusal import Refusal
+from stages.rows import Record, Text
+from stages.sql.comparison import is_ordered, verdict
+from stages.sql.execution import Rows, Sandbox
+from stages.sql.instances import Instance, fill
+from stages.sql.normal import complaint, key, normal
+from stages.sql.schema import Schema, from_ddl, from_spider
+
+HEADLINE = "execution_accuracy"
+SECONDS_A_QUERY = 2.0
+
+
+class Columns(Section):
+    question: str
+    query: str
+    schema_: str = Field(alias="schema")
+
+
+class Options(Section):
+    name: Literal["text_to_sql"]
+    rows: str
+    schemas: str | None
+    columns: Columns
+    schema_as: Literal["columns", "ddl"]
+    instances: int = Field(ge=1, le=100)
+    seed: int
+
+    def files(self) -> dict[str, str]:
+        return {"rows": self.rows} | ({"schemas": self.schemas} if self.schemas else {})
+
+
+class Row(BaseModel):
+    question: Text
+    query: Text
+    schema_: Text = Field(alias="schema")
+
+
+def conversations(files: dict[str, Iterator[Record]], options: Options) -> Iterator[Conversation]:
+    """Yield a conversation for each row: the schema and the question, answered by the query in its normal form."""
+    schemas = {}
+    for record in files.get("schemas", ()):
+        schema = _placed(record, from_spider, record.fields)
+        if schema.name in schemas:
+            raise Refusal(f"{record.where}: db_id: {schema.name} is there twice; take one out")
+        schemas[schema.name] = schema
+    for record in files["rows"]:
+        row = _renamed(record, options.columns).as_row(Row)
+        if options.schemas is None:
+            schema = _placed(record, from_ddl, row.schema_)
+        elif row.schema_ in schemas:
+            schema = schemas[row.schema_]
+        else:
+            raise Refusal(
+                f"{record.where}: {options.columns.schema_}: {row.schema_} is no database of {options.schemas}"
+            )
+        described = schema.compact() if options.schema_as == "columns" else ";\n".join(schema.ddl())
+        wrong = complaint(row.query, schema)
+        if wrong:
+            raise Refusal(
+                f"{record.where}: {options.columns.query}: SQLite says: {wrong}; mend it or leave the row out"
+            )
+        prompt = [Message(role="user", content=f"{described}\n\n{row.question.strip()}")]
+        identity = schema.name or described
+        groups = {"query": f"{identity}: {key(row.query, schema)}", "database": identity}
+        yield conversation(
+            record.where,
+            prompt,
+            normal(row.query, schema),
+            groups,
+            gold=row.query,
+            schema=schema.model_dump(exclude_defaults=True),
+        )
+
+
+def _placed(record: Record, read: Callable[[Any], Schema], source: Any) -> Schema:
+    """The schema that `read` makes of `source`, a Refusal of it with the record's place."""
+    try:
+        return read(source)
+    except Refusal as refusal:
+        raise Refusal(f"{record.where}: {refusal}") from None
+
+
+def _renamed(record: Record, columns: Columns) -> Record:
+    """The record with the names that Row has for its columns; a missing one is reported under its own name."""
+    names = {"question": columns.question, "query": columns.query, "schema": columns.schema_}
+    for own in names.values():
+        if own not in record.fields:
+            there = ", ".join(map(str, record.fields))
+            raise Refusal(f"{record.where}: {own} is missing; the row has: {there}; see task.columns in params.yaml")
+    return Record(record.where, {name: record.fields[own] for name, own in names.items()})
+
+
+def score(conversations: list[Conversation], answers: list[str], options: Options) -> Iterator[dict[str, Any]]:
+    """Yield, for each answer: execution_accuracy, whether its result equals the reference's on every instance of the
+    schema; valid_sql, whether it ran on all of them; exact_match, whether its normal form is the reference's.
+
+    Raises Refusal where a reference itself does not run.
+    """
+    databases = _databases(conversations, options)
+    with Sandbox(SECONDS_A_QUERY) as sandbox:
+        for row, answer in zip(conversations, answers, strict=True):
+            schema, instances = databases[_identity(row)]
+            gold = sandbox.run_all(instances, row.context["gold"])
+            if not all(isinstance(outcome, Rows) and not outcome.truncated for outcome in gold):
+                why = "it returns more rows than are compared"
+                if not isinstance(gold[-1], Rows):
+                    why = getattr(gold[-1], "message", f"it takes over {SECONDS_A_QUERY:g} seconds")
+                raise Refusal(f"{row.where}: the reference query does not run: {why}; mend it or leave the row out")
+            found = verdict(gold, sandbox.run_all(instances, answer), is_ordered(row.context["gold"]))
+            yield {
+                "execution_accuracy": found.right,
+                "valid_sql": found.valid,
+                "exact_match": key(answer, schema) == row.reference.lower(),
+            }
+
+
+def _databases(conversations: list[Conversation], options: Options) -> dict[str, tuple[Schema, list[Instance]]]:
+    """Each schema and its instances, filled with what all the rows that ask it look for."""
+    asked = defaultdict(list)
+    for row in conversations:
+        asked[_identity(row)].append(row.context["gold"])
+    databases = {}
+    for identity, queries in asked.items():
+        schema = Schema.model_validate_json(identity)
+        databases[identity] = schema, fill(schema, queries, options.seed, options.instances)
+    return databases
+
+
+def _identity(row: Conversation) -> str:
+    return json.dumps(row.context["schema"], ensure_ascii=False)

@@ -1,0 +1,242 @@
+"""The base model and tokens in; a LoRA adapter out, with its loss curve.
+
+    python -m stages.train models/base data/tokens/train.parquet data/tokens/validation.parquet \
+        models/adapter metrics/train.json metrics/loss.csv
+
+An optimizer step is train.batch_size rows, whatever the memory: the rows are cut into packs that fit the machine, and
+the loss is the sum over the step's supervised tokens divided by their number, over all packs.
+"""
+
+import csv
+import itertools
+import math
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from stages import timing
+from stages.models.load import load_model, mean_loss, pack_loss
+from stages.models.lora import add_adapters, fuse, save_adapter
+from stages.models.machine import Resolved, resolve
+from stages.models.packs import Pack, pack
+from stages.models.schedule import schedule
+from stages.outputs import new_file, new_folder, write_json
+from stages.params import Train, load
+from stages.refusal import Refusal, run
+
+
+@dataclass
+class Step:
+    """The rows of one optimizer step, as packs; `supervised` counts their labelled tokens, `tokens` all of them."""
+
+    packs: list[Pack]
+    supervised: int
+    tokens: int
+    rows: list[str]
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer, over packs instead of padded batches, that stops at the first number that is not finite."""
+
+    tokens_per_pack: int
+    validation_rows: list[dict]
+    history: list[dict]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+    def training_step(self, model, step: Step, num_items_in_batch=None) -> torch.Tensor:
+        """Add the step's gradients, a pack at a time; return its mean loss in nats a token."""
+        model.train()
+        self.step_now = step
+        total = torch.zeros((), device=self.args.device)
+        for piece in step.packs:
+            loss = pack_loss(model.get_base_model(), piece.to(self.args.device)) / step.supervised
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # counted nowhere: the Trainer's own count takes padded batches
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """The mean loss, in nats a supervised token, of all validation rows."""
+        self.model.eval()
+        loss = mean_loss(self.model.get_base_model(), self.validation_rows, self.tokens_per_pack)
+        self.history.append({"step": self.state.global_step, "validation_loss": loss})
+        metrics = {"eval_loss": loss}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Watch(TrainerCallback):
+    """The progress line, the loss curve, and the stop at what is not finite."""
+
+    def __init__(self, history: list[dict]):
+        self.history = history
+        self.trainer: Trainer
+        self.tokens = 0
+        self.seconds: list[float] = []
+
+    def on_train_begin(self, args, state, control, **_):
+        self.bar = tqdm(total=state.max_steps, unit="step", file=sys.stderr, mininterval=1.0, dynamic_ncols=True)
+        self.began = self.last = time.monotonic()
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        """Refuse to step on gradients that are not finite: clipping has turned one bad one into all."""
+        norms = [p.grad.norm() for p in self.trainer.model.parameters() if p.grad is not None]
+        if not norms or not torch.stack(norms).norm().isfinite():
+            rows = ", ".join(self.trainer.step_now.rows)
+            raise Refusal(f"step {state.global_step + 1}: the gradient is not finite, on rows {rows}; {ADVICE}")
+
+    def on_log(self, args, state, control, logs, **_):
+        if "loss" not in logs:
+            return
+        now = time.monotonic()
+        step = self.trainer.step_now
+        if not math.isfinite(logs["loss"]):
+            raise Refusal(
+                f"step {state.global_step}: the loss is {logs['loss']}, on rows {', '.join(step.rows)}; {ADVICE}"
+            )
+        self.tokens += step.tokens
+        self.seconds.append(now - self.last)
+        self.last = now
+        point = {"step": state.global_step, "loss": logs["loss"], "gradient_norm": float(logs["grad_norm"])}
+        self.history.append({**point, "learning_rate": logs["learning_rate"]})
+        rate = self.tokens / (now - self.began)
+        figures = f"loss {logs['loss']:.3f}, {rate:.0f} tokens/s, {memory_gib(args.device):.1f} GiB"
+        self.bar.set_postfix_str(figures, refresh=False)
+        self.bar.update(1)
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
+
+ADVICE = "look at these rows, lower train.learning_rate, or set machine.dtype to float32"
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory held so far: the GPU's where there is one, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return timing.peak_gib()
+
+
+def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> SFTConfig:
+    """TRL's arguments; what they save goes to `scratch`."""
+    return SFTConfig(
+        output_dir=scratch,
+        max_steps=steps,
+        per_device_train_batch_size=1,  # of the schedule's steps, each with its rows
+        train_sampling_strategy="sequential",
+        gradient_accumulation_steps=1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=math.ceil(train.warmup_ratio * steps),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_torch",
+        seed=train.seed,
+        bf16=False,  # the model is in its format already; autocast would cast every weight again
+        use_cpu=machine.device == "cpu",
+        eval_strategy="steps",
+        eval_steps=max(1, math.ceil(steps / train.validations)),
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log an older loss in place of one that is not finite
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+    )
+
+
+def main(arguments: list[str]) -> None:
+    base, train_tokens, validation_tokens, out, metrics, curve = (Path(argument) for argument in arguments)
+    params = load()
+    began = time.monotonic()
+    machine = resolve(params.machine)
+    train_rows, validation_rows = (
+        pyarrow.parquet.read_table(path).to_pylist() for path in (train_tokens, validation_tokens)
+    )
+    model = add_adapters(load_model(base, machine.device, machine.dtype), params.lora, params.train.seed)
+    fuse(model)
+    train = params.train
+    planned = schedule(train_rows, train.batch_size, train.epochs, train.seed, train.order)
+    steps = len(planned)
+
+    def collate(chosen: list[dict]) -> Step:
+        rows = [train_rows[i] for i in chosen[0]["rows"]]
+        packs = pack(rows, machine.tokens_per_pack)
+        return Step(
+            packs,
+            supervised=sum(piece.supervised for piece in packs),
+            tokens=sum(piece.row_tokens for piece in packs),
+            rows=[row["id"] for row in rows],
+        )
+
+    history: list[dict] = []
+    watch = Watch(history)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=arguments_of(params.train, steps, machine, scratch),
+            data_collator=collate,
+            train_dataset=Dataset.from_dict({"rows": planned}),
+            eval_dataset=Dataset.from_dict({"rows": [[]]}),  # unread: evaluate() measures validation_rows
+            processing_class=AutoTokenizer.from_pretrained(base, local_files_only=True),
+            callbacks=[watch],
+        )
+        trainer.tokens_per_pack, trainer.validation_rows = machine.tokens_per_pack, validation_rows
+        trainer.history, watch.trainer = history, trainer
+        trainer.remove_callback(PrinterCallback)  # Watch prints the same figures, in one line
+        trainer.train()
+        if trainer.state.global_step != steps:
+            raise Refusal(f"training ended at step {trainer.state.global_step} of {steps}; run it again")
+        validation_loss = history[-1].get("validation_loss") or trainer.evaluate()["eval_loss"]
+    with new_folder(out) as folder:
+        save_adapter(trainer.model, folder)
+    columns = ["step", "loss", "validation_loss", "learning_rate", "gradient_norm"]
+    with new_file(curve) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+    losses = [point["loss"] for point in history if "loss" in point]
+    last = losses[-max(1, len(losses) // 10) :]
+    write_json(
+        metrics,
+        {
+            "steps": steps,
+            "train_loss": round(sum(last) / len(last), 6),
+            "validation_loss": round(validation_loss, 6),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        },
+    )
+    seconds = time.monotonic() - began
+    timing.record(
+        "train",
+        seconds=round(seconds, 1),
+        tokens_per_second=round(watch.tokens / sum(watch.seconds), 1),
+        peak_gib=round(memory_gib(trainer.args.device), 2),
+        device=machine.device,
+        dtype=str(machine.dtype).removeprefix("torch."),
+        tokens_per_pack=machine.tokens_per_pack,
+        threads=torch.get_num_threads(),
+    )
+
+
+if __name__ == "__main__":
+    run(main)

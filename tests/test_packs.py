@@ -1,0 +1,190 @@
+"""Packed rows: nothing lost, nothing seen across rows, the same loss and gradients as one row at a time."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from stages.models.load import mean_loss, pack_loss, packed_logits
+from stages.models.loss import head_loss
+from stages.models.packs import IGNORED, SHARED_AT_LEAST, pack
+from stages.models.schedule import schedule
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, sliding_window=24, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, sliding_window=24, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+    ),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+}
+
+
+def row(prompt: list[int], answer: list[int]) -> dict:
+    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer, "prompt_tokens": len(prompt)}
+
+
+def rows(seed: int = 0) -> list[dict]:
+    """Rows of three schemas and some of their own, prompts 5 to 70 tokens, answers 1 to 9."""
+    chance = random.Random(seed)
+    tokens = lambda count: [chance.randrange(2, 97) for _ in range(count)]  # noqa: E731
+    schemas = [tokens(45), tokens(60), tokens(SHARED_AT_LEAST - 10)]
+    made = [
+        row(schema + tokens(chance.randint(3, 10)), tokens(chance.randint(1, 9)))
+        for schema in schemas
+        for _ in range(4)
+    ]
+    made += [row(tokens(chance.randint(5, 40)), tokens(chance.randint(1, 9))) for _ in range(5)]
+    chance.shuffle(made)
+    return made
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def model(request):
+    torch.manual_seed(0)
+    made = FAMILIES[request.param]().eval()
+    torch.nn.init.normal_(made.get_input_embeddings().weight, std=0.5)
+    made.set_attn_implementation("packed")
+    return made
+
+
+def reference_loss(model, one: dict) -> torch.Tensor:
+    """transformers' own way, eager and one row at a time."""
+    model.set_attn_implementation("eager")
+    logits = model(input_ids=torch.tensor([one["input_ids"]])).logits[0, :-1].float()
+    model.set_attn_implementation("packed")
+    return F.cross_entropy(logits, torch.tensor(one["labels"][1:]), ignore_index=IGNORED, reduction="sum")
+
+
+@pytest.mark.parametrize("tokens_per_pack", [1, 100, 10_000])
+def test_packed_rows_have_the_loss_of_rows_one_by_one(model, tokens_per_pack):
+    with torch.no_grad():
+        expected = sum(reference_loss(model, one) for one in rows())
+        found = sum(pack_loss(model, piece) for piece in pack(rows(), tokens_per_pack))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_rows_have_the_gradients_of_rows_one_by_one(model):
+    model.get_output_embeddings().weight.requires_grad_(False)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(sum(reference_loss(model, one) for one in rows()), weights)
+    found = torch.autograd.grad(sum(pack_loss(model, piece) for piece in pack(rows(), 150)), weights)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).norm() <= 2e-5 * theirs.norm()
+
+
+def test_a_change_in_one_row_leaves_the_other_rows_logits(model):
+    originals = rows()
+    changed = [dict(one) for one in originals]
+    changed[0]["input_ids"] = [(token + 1) % 97 for token in changed[0]["input_ids"]]
+    with torch.no_grad():
+        for number, (before, after) in enumerate(zip(originals, changed, strict=True)):
+            one, other = (pack([piece], 1000)[0] for piece in (before, after))
+            same = torch.equal(packed_logits(model, one, slice(None)), packed_logits(model, other, slice(None)))
+            assert same == (number > 0)
+        losses = [
+            [float(pack_loss(model, piece)) for piece in pack([a, b], 1000)]
+            for a, b in ((originals[0], originals[1]), (changed[0], originals[1]))
+        ]
+        alone = float(pack_loss(model, pack([originals[1]], 1000)[0]))
+        for total, first in zip(losses, (originals[0], changed[0]), strict=True):
+            assert sum(total) - float(pack_loss(model, pack([first], 1000)[0])) == pytest.approx(alone, abs=1e-4)
+
+
+def test_every_supervised_token_is_laid_once_and_shared_beginnings_are_computed_once():
+    packs = pack(rows(), 10_000)
+    assert sum(piece.supervised for piece in packs) == sum(
+        label != IGNORED for one in rows() for label in one["labels"]
+    )
+    assert sum(piece.row_tokens for piece in packs) == sum(len(one["input_ids"]) for one in rows())
+    computed = sum(piece.input_ids.numel() for piece in packs)
+    assert computed <= sum(len(one["input_ids"]) for one in rows()) - 3 * (45 + 60)
+
+
+@pytest.mark.parametrize("budget", [60, 128, 300])
+def test_packs_stay_in_the_budget_unless_one_row_alone_exceeds_it(budget):
+    for piece in pack(rows(), budget):
+        assert piece.input_ids.numel() <= budget or len(piece.segments) == 1
+
+
+def test_a_supervised_beginning_is_never_shared():
+    answer = list(range(2, 60))
+    twins = [{"input_ids": [1, *answer], "labels": [IGNORED, *answer], "prompt_tokens": 1}] * 2
+    (piece,) = pack(twins, 1000)
+    assert piece.supervised == 2 * len(answer)
+
+
+def test_the_head_loss_is_that_of_double_precision_with_and_without_a_softcap():
+    torch.manual_seed(1)
+    head = torch.nn.Linear(16, 301, bias=False).requires_grad_(False)
+    targets = torch.randint(301, (150,))
+    for softcap in (None, 1.5):
+        hidden = torch.randn(150, 16, requires_grad=True)
+        exact = hidden.detach().double().requires_grad_()
+        logits = exact @ head.weight.double().T
+        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        expected = F.cross_entropy(logits, targets, reduction="sum")
+        expected.backward()
+        found = head_loss(hidden, head, targets, softcap)
+        found.backward()
+        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+        assert float((hidden.grad - exact.grad).norm() / exact.grad.norm()) < 1e-6
+
+
+def test_a_head_that_is_trained_gets_gradients():
+    head = torch.nn.Linear(8, 20, bias=False)
+    head_loss(torch.randn(5, 8), head, torch.randint(20, (5,))).backward()
+    assert head.weight.grad.norm() > 0
+
+
+def test_the_mean_loss_does_not_depend_on_the_budget(model):
+    with torch.no_grad():
+        assert mean_loss(model, rows(), 40) == pytest.approx(mean_loss(model, rows(), 4000), rel=1e-5)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "shared"])
+def test_an_epoch_takes_every_row_once(order):
+    planned = schedule(rows(), 4, 2.0, 0, order)
+    first, second = planned[: len(planned) // 2], planned[len(planned) // 2 :]
+    for epoch in (first, second):
+        assert sorted(number for step in epoch for number in step) == list(range(len(rows())))
+    assert first != second
+
+
+def test_part_of_an_epoch_takes_its_share_of_the_steps():
+    assert len(schedule(rows(), 4, 0.5, 0, "shuffled")) == 3
+    assert len(schedule(rows(), 4, 1.2, 0, "shuffled")) == 6
+    assert len(schedule(rows(), 4, 0.001, 0, "shuffled")) == 1
+
+
+def test_the_schedule_follows_the_seed_alone():
+    assert schedule(rows(), 4, 1.0, 3, "shared") == schedule(rows(), 4, 1.0, 3, "shared")
+    assert schedule(rows(), 4, 1.0, 3, "shared") != schedule(rows(), 4, 1.0, 4, "shared")
+
+
+def test_shared_order_puts_rows_that_begin_alike_into_one_step():
+    def computed(order):
+        steps = schedule(rows(), 4, 1.0, 0, order)
+        return sum(p.input_ids.numel() for step in steps for p in pack([rows()[i] for i in step], 10_000))
+
+    assert computed("shared") < computed("shuffled")

@@ -1,0 +1,344 @@
+"""dvc.yaml held to the truth: what it says of each stage against the stage's code, and against what DVC then runs."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ruamel.yaml
+
+from tests import forkserver
+
+TOP = Path(__file__).parent.parent
+TASKS = ("text_to_sql", "quotes", "instructions", "chat")
+STAGES = {
+    "download@model",
+    "download@data",
+    "prepare",
+    "encode",
+    "train",
+    "merge",
+    "evaluate@base",
+    "evaluate@tuned",
+    "report",
+}
+
+
+def yaml(text: str):
+    return ruamel.yaml.YAML(typ="safe", pure=True).load(text)
+
+
+def imports(module: Path) -> set[Path]:
+    """The files of this repository that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            path = TOP / (name.replace(".", "/") + ".py")
+            if name.startswith("stages.") and path.exists():
+                found.add(path)
+    return found
+
+
+def closure(*modules: Path) -> set[str]:
+    """Files, relative to the repository, that running `modules` can import; they among them."""
+    todo, seen = list(modules), set()
+    while todo:
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            todo += imports(module)
+    return {str(path.relative_to(TOP)) for path in seen}
+
+
+@pytest.fixture(scope="module")
+def resolved() -> dict[str, dict]:
+    """Each stage of dvc.yaml as DVC sees it, foreach and variables filled in."""
+    from dvc.repo import Repo
+
+    with Repo(str(TOP)) as repo:
+        entries = {}
+        for stage in repo.index.stages:
+            entries[stage.name] = {
+                "cmd": stage.cmd,
+                "deps": [
+                    os.path.relpath(dep.fs_path, TOP)
+                    for dep in stage.deps
+                    if dep.protocol == "local" and not hasattr(dep, "params")
+                ],
+                "params": [name for dep in stage.deps if hasattr(dep, "params") for name in dep.params],
+                "outs": [os.path.relpath(out.fs_path, TOP) for out in stage.outs],
+            }
+        return entries
+
+
+def module_of(stage: dict) -> Path:
+    return TOP / (re.match(r"python -m ([\w.]+)", stage["cmd"])[1].replace(".", "/") + ".py")
+
+
+def expanded(deps: list[str]) -> set[str]:
+    """Python files among deps, those of listed folders one by one."""
+    files = set()
+    for dep in deps:
+        path = TOP / dep
+        files |= {str(p.relative_to(TOP)) for p in path.rglob("*.py")} if path.is_dir() else {dep}
+    return {file for file in files if file.startswith("stages/") and file.endswith(".py") and "__init__" not in file}
+
+
+def test_the_stages_are_those_of_the_design(resolved):
+    assert set(resolved) == STAGES
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_every_module_that_a_stage_imports_is_among_its_deps_and_no_other(resolved, name):
+    stage = resolved[name]
+    module = module_of(stage)
+    reached = {module}
+    if 'import_module(f"stages.tasks.' in module.read_text():
+        reached.add(TOP / "stages/tasks/text_to_sql.py")
+    if 'import_module(f"stages.sources.' in module.read_text():
+        reached.add(TOP / "stages/sources/wheel.py")
+    assert expanded(stage["deps"]) == closure(*reached)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_other_task_imports_a_module_that_the_deps_leave_out(resolved, task):
+    for name in ("prepare", "evaluate@tuned"):
+        allowed = expanded(resolved[name]["deps"]) | {f"stages/tasks/{task}.py"}
+        assert closure(TOP / f"stages/tasks/{task}.py") <= allowed
+
+
+def test_packages_do_nothing_when_imported():
+    for path in TOP.glob("stages/**/__init__.py"):
+        assert all(isinstance(node, ast.Expr) for node in ast.parse(path.read_text()).body), path
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_a_stage_reads_the_params_that_dvc_tracks_for_it_and_machine_at_most(resolved, name):
+    stage = resolved[name]
+    read = set()
+    for node in ast.walk(ast.parse(module_of(stage).read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("params", "load()"):
+            read.add(node.attr)
+    if name.startswith("download@"):
+        read = {name.split("@")[1]}
+    if name == "report":
+        read = set(stage["params"])  # it shows all of them
+        assert read == set(yaml((TOP / "params.yaml").read_text())) - {"machine"}
+    assert read - {"machine"} == set(stage["params"])
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_the_paths_of_a_command_are_deps_or_outputs(resolved, name):
+    stage = resolved[name]
+    words = stage["cmd"].split()[3:]
+    paths = {word for word in words if "/" in word}
+    named = set(stage["deps"]) | set(stage["outs"])
+    assert all(path in named or any(Path(path) in Path(n).parents for n in named) for path in paths), paths - named
+    assert set(stage["outs"]) <= paths, "an output that the command does not name"
+    inputs = {dep for dep in stage["deps"] if not dep.startswith("stages") and not dep.endswith("/own")}
+    assert all(any(dep == p or Path(p) in Path(dep).parents for p in paths) for dep in inputs), inputs - paths
+
+
+def test_no_parameter_reaches_a_command_line():
+    for stage in yaml((TOP / "dvc.yaml").read_text())["stages"].values():
+        command = stage.get("do", stage)["cmd"]
+        assert set(re.findall(r"\$\{([^}]*)\}", command)) <= {"key", "item", "item.to"}
+
+
+# --- what DVC then runs: the whole pipeline on a tiny model and its own rows ---------------------------------------
+
+SCHEMA = "CREATE TABLE singer (id INTEGER PRIMARY KEY, name TEXT, age INTEGER, country TEXT)"
+ROWS = [
+    {"question": f"Which singers are older than {age} and from {country}?", "context": SCHEMA,
+     "sql": f"SELECT name FROM singer WHERE age > {age} AND country = '{country}'"}
+    for age in range(20, 32)
+    for country in ("France", "Spain")
+]  # fmt: skip
+OVERRIDES = """
+model: {fetch: {source: path, path: models/own/tiny, sha256: null}, chat_template: null}
+data: {fetch: {source: path, path: data/own/rows.jsonl, sha256: null}, license: written for this test}
+task: {name: text_to_sql, rows: rows.jsonl, schemas: null, columns: {question: question, query: sql, schema: context},
+  schema_as: ddl, instances: 2, seed: 0}
+prepare: {group_by: query, validation: 0.2, test: 0.25, rows: null, seed: 1}
+lora: {r: 4, alpha: 8, dropout: 0.0, target_modules: all-linear}
+merge: {max_shard_size: 2GB, rows: 4, max_kl: 0.5}
+evaluate: {rows: null, max_new_tokens: 4}
+"""
+
+
+class Clone:
+    """A copy of the repository in a folder of its own, with DVC and a `python` that starts at once."""
+
+    def __init__(self, folder: Path, python: Path):
+        self.folder = folder
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "PYTEST_"))},
+            "PATH": f"{python}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HF_DEACTIVATE_ASYNC_LOAD": "1",  # torch cannot start threads twice across the fork
+            "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@t", "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@t",
+        }  # fmt: skip
+
+    def run(self, *command: str, status: int = 0) -> str:
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def repro(self, *arguments: str) -> set[str]:
+        """The stages that `dvc repro` runs; one restored from the cache is not among them."""
+        said = self.run(sys.executable, "-m", "dvc", "repro", *arguments)
+        return set(re.findall(r"Running stage '([^']+)'", said))
+
+    def set(self, **values) -> None:
+        """Change parameters: section__key=value."""
+        path = self.folder / "params.yaml"
+        roundtrip = ruamel.yaml.YAML()
+        params = roundtrip.load(path.read_text())
+        for name, value in values.items():
+            section, key = name.split("__")
+            params[section][key] = value
+        with path.open("w") as file:
+            roundtrip.dump(params, file)
+
+    def read(self, path: str):
+        return json.loads((self.folder / path).read_text())
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, tiny_model) -> Clone:
+    folder = tmp_path_factory.mktemp("clone") / "repository"
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=TOP, capture_output=True, text=True, check=True
+    )
+    for name in files.stdout.splitlines():
+        if (TOP / name).is_file() and name != "dvc.lock" and not name.startswith("metrics/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(TOP / name, folder / name)
+    params = yaml((TOP / "params.yaml").read_text()) | yaml(OVERRIDES)
+    params["train"].update(epochs=1.0, batch_size=4, validations=2, order="shared")
+    params["machine"] = {"device": "cpu", "dtype": "float32", "tokens_per_pack": 512, "rows_per_batch": 8}
+    with (folder / "params.yaml").open("w") as file:
+        ruamel.yaml.YAML().dump(params, file)
+    shutil.copytree(tiny_model, folder / "models/own/tiny")
+    (folder / "data/own/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    socket, python = folder.parent / "s", folder.parent / "bin"
+    server = subprocess.Popen(
+        [sys.executable, forkserver.__file__, "serve", str(socket)],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    forkserver.install(python, socket)
+    made = Clone(folder, python)
+    made.run("git", "init", "-q", "-b", "main")
+    made.run("git", "add", "-A")
+    made.run("git", "commit", "-qm", "start")
+    while not socket.exists():
+        assert server.poll() is None
+    yield made
+    server.stdin.close()
+    server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def reproduced(clone) -> Clone:
+    assert clone.repro() == STAGES
+    clone.run("git", "add", "-A")
+    clone.run("git", "commit", "-qm", "first run")
+    return clone
+
+
+@pytest.fixture
+def pipeline(reproduced):
+    """The clone after its first run; what a test changes is taken back after it."""
+    yield reproduced
+    reproduced.run("git", "checkout", "-q", ".")
+    reproduced.run(sys.executable, "-m", "dvc", "checkout", "--force", "-q")
+
+
+def test_the_metrics_have_their_names(pipeline):
+    assert {"train_rows", "validation_rows", "test_rows", "duplicates", "leaks"} <= set(
+        pipeline.read("metrics/data.json")
+    )
+    scores = {"rows", "execution_accuracy", "valid_sql", "exact_match", "stop_rate", "loss"}
+    assert scores <= set(pipeline.read("metrics/base.json"))
+    assert scores <= set(pipeline.read("metrics/tuned.json"))
+    assert {"greedy_agreement", "max_kl"} <= set(pipeline.read("metrics/merge.json"))
+    assert {"steps", "train_loss", "validation_loss", "trainable_parameters"} <= set(
+        pipeline.read("metrics/train.json")
+    )
+    assert {"train", "merge", "evaluate_base", "evaluate_tuned"} <= set(pipeline.read("metrics/timing.json"))
+
+
+def test_nothing_runs_when_nothing_has_changed(pipeline):
+    assert pipeline.repro() == set()
+
+
+def test_a_machine_change_reruns_nothing(pipeline):
+    pipeline.set(machine__tokens_per_pack=64, machine__rows_per_batch=2)
+    assert pipeline.repro() == set()
+
+
+def test_another_tasks_file_reruns_nothing(pipeline):
+    with (pipeline.folder / "stages/tasks/quotes.py").open("a") as file:
+        file.write("\n# edited\n")
+    assert pipeline.repro() == set()
+
+
+def test_evaluate_params_rerun_both_evaluations_and_the_report(pipeline):
+    pipeline.set(evaluate__max_new_tokens=5)
+    assert {"evaluate@base", "evaluate@tuned"} <= pipeline.repro() <= {"evaluate@base", "evaluate@tuned", "report"}
+
+
+def test_changing_lora_r_reruns_training_onward_and_going_back_trains_nothing(pipeline):
+    pipeline.set(lora__r=2)
+    assert pipeline.repro() == {"train", "merge", "evaluate@tuned", "report"}
+    pipeline.set(lora__r=4)
+    assert pipeline.repro() == set()
+
+
+def test_a_test_rows_answer_reruns_what_reads_the_test_rows_and_trains_nothing(pipeline):
+    tested = [json.loads(line) for line in (pipeline.folder / "data/conversations/test.jsonl").read_text().splitlines()]
+    number = int(tested[0]["where"].rsplit(" ", 1)[1]) - 1
+    rows = [dict(row) for row in ROWS]
+    rows[number]["sql"] += " "  # another text, the same query: it stays on its side
+    rows[number]["question"] += " Name them."
+    (pipeline.folder / "data/own/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = pipeline.repro()
+    assert {"download@data", "prepare", "encode", "evaluate@base", "evaluate@tuned", "report"} <= ran
+    assert "train" not in ran and "download@model" not in ran
+
+
+def test_a_forced_rerun_leaves_the_lock_as_it_was(pipeline):
+    before = (pipeline.folder / "dvc.lock").read_text()
+    assert pipeline.repro("-f") == STAGES
+    assert (pipeline.folder / "dvc.lock").read_text() == before
+
+
+def test_large_outputs_do_not_exist_twice(pipeline):
+    for path in ("models/base/model.safetensors", "models/merged/model.safetensors"):
+        file = pipeline.folder / path
+        twins = [
+            p
+            for p in (pipeline.folder / ".dvc/cache").rglob("*")
+            if p.is_file() and p.stat().st_size == file.stat().st_size
+        ]
+        assert any(file.samefile(twin) for twin in twins)
+
+
+def test_a_bad_row_stops_the_pipeline_in_one_line_before_anything_is_trained(pipeline):
+    with (pipeline.folder / "data/own/rows.jsonl").open("a") as file:
+        file.write('{"question": "How many?", "context": "CREATE TABLE t (a INT)"}\n')
+    said = pipeline.run(sys.executable, "-m", "dvc", "repro", status=255)
+    assert f"error: rows.jsonl line {len(ROWS) + 1}: sql is missing" in said
+    assert "Traceback" not in said and "Running stage 'train'" not in said

@@ -1,0 +1,247 @@
+"""The report's page, made from tiny metrics and answers, and read back with an HTML parser."""
+
+import html.parser
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ruamel.yaml
+
+from stages import report
+from stages.refusal import Refusal
+
+ROOT = Path(__file__).parent.parent
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '" onerror="alert(2)" x="',
+    "' onmouseover='alert(3)",
+    "<img src=https://example.com/x.png onerror=alert(4)>",
+    "</pre></style></title><svg onload=alert(5)>",
+    '<a href="javascript:alert(6)">x</a>',
+    "<!-- {{ 7 * 191 }} {% raw %}",
+    "<meta http-equiv=refresh content=0;url=https://example.com>",
+]
+PATHS = [
+    *("data.json", "tokens.json", "train.json", "loss.csv", "merge.json", "base.json", "tuned.json"),
+    *("base.jsonl", "tuned.jsonl", "model-provenance.json", "provenance.json", "report.html"),
+]
+QUOTES = {"name": "quotes", "rows": "fortunes", "given_words": 5, "longest": 400}
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of the page: its elements, their attributes, its text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        self.text += " "
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def answer(identity: str, right: bool, scores: tuple[str, ...], **fields) -> dict:
+    plain = {"prompt": "singer(name, age)\n\nHow many singers?", "reference": "SELECT count(*) FROM singer"}
+    written = {"answer": f"the answer to {identity}", "stopped": right, "scores": dict.fromkeys(scores, right)}
+    return {"id": identity, "where": f"dev.json row {identity}", **plain, **written, **fields}
+
+
+def write_inputs(folder: Path, task: dict | None = None, **answers_fields) -> list[str]:
+    """Fill `folder` with all that the report reads; return the command's arguments."""
+    yaml = ruamel.yaml.YAML()
+    params = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["task"] = task or params["task"]
+    yaml.dump(params, folder / "params.yaml")
+    scores = ("right_form", "right_author") if task else ("execution_accuracy", "valid_sql", "exact_match")
+    before, after = [0, 0, 1, 1, 0, 0, 0, 0], [1, 1, 0, 1, 0, 1, 1, 1]
+    for name, rights, loss in (("base", before, 1.5), ("tuned", after, 0.25)):
+        rows = [answer(str(i), bool(right), scores, **answers_fields) for i, right in enumerate(rights)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        means = dict.fromkeys((*scores, "stop_rate"), sum(rights) / len(rights))
+        write(folder / f"{name}.json", {"rows": len(rows), **means, "loss": loss})
+    sides = ("train", "validation", "test")
+    kinds = ("rows", "groups", "tokens", "supervised", "truncated", "dropped")
+    counts = {f"{side}_{kind}": 1234 for side in sides for kind in kinds}
+    write(folder / "tokens.json", counts)
+    write(folder / "data.json", {**counts, "duplicates": 17, "asked_twice": 3, "leaks": 0})
+    losses = {"train_loss": 0.5, "validation_loss": 0.625}
+    write(folder / "train.json", {"steps": 40, "trainable_parameters": 3796992, **losses})
+    write(folder / "merge.json", {"rows": 16, "greedy_agreement": 0.998, "max_kl": 0.0123, "mean_kl": 0.0004})
+    lines = [f"{step},{2 / step},,0.001,1.0" for step in range(1, 41)] + ["20,,0.7,,", "40,,0.625,,"]
+    (folder / "loss.csv").write_text("\n".join(["step,loss,validation_loss,learning_rate,gradient_norm", *lines, ""]))
+    origin = {"source": "wheel", "origin": ["pkg==1.0.0"], "files": {"dev.json": "0" * 64}}
+    write(folder / "model-provenance.json", {**origin, "produced": {}})
+    write(folder / "provenance.json", {**origin, "license": "CC BY-SA 4.0"})
+    return [str(folder / name) for name in PATHS]
+
+
+def write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def change(path: Path, **fields: object) -> None:
+    write(path, {**json.loads(path.read_text(encoding="utf-8")), **fields})
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Makes the page of inputs that may be changed first."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(arguments: list[str]) -> str:
+        report.main(arguments)
+        return Path(arguments[-1]).read_text(encoding="utf-8")
+
+    return make
+
+
+def test_the_page_is_the_same_bytes_when_made_again_elsewhere(make, tmp_path):
+    arguments = write_inputs(tmp_path)
+    first = make(arguments)
+    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nfont.size: 30\n")
+    surroundings = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "HOSTNAME": "elsewhere"}
+    subprocess.run([sys.executable, "-m", "stages.report", *arguments], env={**os.environ, **surroundings}, check=True)
+    assert Path(arguments[-1]).read_text(encoding="utf-8") == first
+
+
+def test_nothing_is_loaded_and_nothing_may_be(make, tmp_path):
+    page = Page(make(write_inputs(tmp_path)))
+    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.split("; ")[:3] == ["default-src 'none'", "style-src 'unsafe-inline'", "img-src data:"]
+    assert not {tag for tag, _ in page.elements} & {
+        "script",
+        "link",
+        "iframe",
+        "img",
+        "object",
+        "embed",
+        "base",
+        "form",
+    }
+    for _, attributes in page.elements:
+        places = [attributes.get(name) for name in ("src", "href", "xlink:href", "data", "srcset")]
+        assert all(place is None or place.startswith("#") for place in places)
+        assert "url(http" not in (attributes.get("style") or "")
+
+
+def test_hostile_texts_are_shown_and_do_nothing(make, tmp_path):
+    plain = Page(make(write_inputs(tmp_path)))
+    tags = {tag for tag, _ in plain.elements}
+    names = {name for _, attributes in plain.elements for name in attributes}
+    text = " ".join(HOSTILE)
+    row = {"answer": text, "prompt": f"{text}\n\n{text}", "reference": text, "where": text}
+    arguments = write_inputs(tmp_path, QUOTES | {"rows": text}, **row)
+    change(tmp_path / "provenance.json", license=text, origin=[text], files={text: "0" * 64})
+    change(tmp_path / "model-provenance.json", origin=[text])
+    written = make(arguments)
+    page = Page(written)
+    assert {tag for tag, _ in page.elements} <= tags
+    assert {name for _, attributes in page.elements for name in attributes} <= names
+    assert "javascript:" not in " ".join(str(value) for _, a in page.elements for value in a.values())
+    assert "<script" not in written
+    assert "1337" not in page.text
+    assert page.text.count(text) > 6 * 6  # examples, each with prompt, question, place, reference and two answers
+
+
+def test_the_headline_says_before_after_and_difference(make, tmp_path):
+    text = " ".join(Page(make(write_inputs(tmp_path))).text.split())
+    assert (
+        "text to sql: execution accuracy 25.0% → 75.0% +50.0 points, base model to tuned model, on 8 test rows" in text
+    )
+    assert "Fixed 5, broken 1, still wrong 1, right before and after 1." in text
+    assert "execution accuracy 25.0% 75.0% +50.0 points" in text
+    assert "loss, nats a token 1.500 0.250 −1.250" in text
+
+
+def test_each_kind_shows_its_first_examples_side_by_side(make, tmp_path):
+    page = make(write_inputs(tmp_path))
+    fixed, broken, wrong = (
+        re.split(r"<h[23]>", page.split(f"<h3>{k}")[1])[0] for k in ("Fixed", "Broken", "Still wrong")
+    )
+    assert re.findall("the answer to (.)", fixed) == list("00115566")  # base and tuned of each, of five four
+    assert re.findall("the answer to (.)", broken) == list("22")
+    assert re.findall("the answer to (.)", wrong) == list("44")
+    assert fixed.count("cut off") == 4  # the base's answers that did not stop
+    assert '<p class="question">How many singers?</p>' in fixed
+
+
+def test_a_task_without_execution_works(make, tmp_path):
+    text = " ".join(Page(make(write_inputs(tmp_path, QUOTES))).text.split())
+    assert "quotes: right author 25.0% → 75.0%" in text
+    assert "execution accuracy" not in text
+    assert "task.given_words 5" in text
+
+
+def test_the_science_is_told_and_the_machine_is_not(make, tmp_path):
+    text = " ".join(Page(make(write_inputs(tmp_path))).text.split())
+    for told in (
+        "lora.r 16",
+        "task.columns.schema db_id",
+        "CC BY-SA 4.0",
+        "17 exact duplicates were left out, and 3 rows",
+        "99.8%",
+        "0.01230",
+    ):
+        assert told in text
+    assert "machine." not in text
+    assert str(tmp_path) not in text
+
+
+def test_what_is_not_a_number_is_left_out(make, tmp_path):
+    arguments = write_inputs(tmp_path)
+    change(tmp_path / "train.json", validation_loss=None)
+    change(tmp_path / "base.json", stop_rate=None)
+    curve = tmp_path / "loss.csv"
+    curve.write_text(curve.read_text() + "41,nan,,,\n42,inf,,,\n42,,nan,,\n")
+    page = make(arguments)
+    assert not re.search(r"\b(nan|inf|none)\b", Page(page).text.lower())
+    assert not re.search(r"\b(nan|inf)\b", page)
+    assert report.read_curve(curve, "loss")[0] == list(range(1, 41))
+    assert report.read_curve(curve, "validation_loss") == ([20, 40], [0.7, 0.625])
+
+
+def test_a_run_without_validation_has_a_curve_still(make, tmp_path):
+    arguments = write_inputs(tmp_path)
+    (tmp_path / "loss.csv").write_text("step,loss,validation_loss\n1,2.5,\n")
+    assert "<svg" in make(arguments)
+
+
+def test_answers_to_different_rows_are_refused_and_the_old_page_stays(make, tmp_path):
+    arguments = write_inputs(tmp_path)
+    before = make(arguments)
+    answers = tmp_path / "tuned.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(Refusal, match="answer different rows"):
+        make(arguments)
+    assert Path(arguments[-1]).read_text(encoding="utf-8") == before
+    assert not list(tmp_path.glob(".report*"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question"),
+    [
+        ("singer(name)\n\nHow many?", "How many?"),
+        ("### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:", "### Input:\n1 + 1"),
+        ("Quote: To be", "Quote: To be"),
+        ("# One heading", "# One heading"),
+        ("", ""),
+    ],
+)
+def test_the_question_is_the_last_paragraph_that_says_something(prompt, question):
+    assert report.Example({"prompt": prompt}, {}).question == question
+
+
+def test_the_curve_is_smoothed_over_its_neighbours():
+    assert report.smoothed([4.0, 2.0, 6.0, 1.0], 1) == [3.0, 4.0, 3.0, 3.5]
+    assert report.smoothed([4.0, 2.0], 0) == [4.0, 2.0]

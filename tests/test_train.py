@@ -1,0 +1,165 @@
+"""The train stage on a tiny model: the same bytes twice, the same curve whatever the machine, no adapter from NaN."""
+
+import csv
+import json
+import random
+import shutil
+
+import peft
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages import train
+from stages.encode import SCHEMA
+from stages.models.load import load_model, pack_loss
+from stages.models.lora import add_adapters, fuse
+from stages.models.packs import IGNORED, pack
+from stages.params import Lora
+from stages.refusal import Refusal
+
+LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
+
+
+def write_tokens(path, count: int, seed: int) -> list[dict]:
+    chance = random.Random(seed)
+    schemas = [[chance.randrange(6, 60) for _ in range(40)] for _ in range(3)]
+    rows = []
+    for number in range(count):
+        prompt = chance.choice(schemas) + [chance.randrange(6, 60) for _ in range(chance.randint(2, 12))]
+        answer = [chance.randrange(6, 60) for _ in range(chance.randint(2, 8))]
+        labels = [IGNORED] * len(prompt) + answer
+        rows.append(
+            {"id": f"row{number}", "input_ids": prompt + answer, "labels": labels, "prompt_tokens": len(prompt)}
+        )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, SCHEMA), path)
+    return rows
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch, tiny_model, params_file):
+    """A function that runs the stage, in a folder of its own each time, and returns that folder."""
+    write_tokens(tmp_path / "train.parquet", 22, 0)
+    write_tokens(tmp_path / "validation.parquet", 5, 1)
+
+    def run(name: str, base=tiny_model, **overrides):
+        folder = tmp_path / name
+        folder.mkdir()
+        fixed = {"train.epochs": 1.0, "train.batch_size": 4, "train.validations": 3, "train.learning_rate": 0.01}
+        machine = {"machine.device": "cpu", "machine.dtype": "float32", "machine.tokens_per_pack": 300}
+        lora = {f"lora.{key}": value for key, value in LORA.items()}
+        params_file(folder, **{**fixed, **machine, **lora, **overrides})
+        monkeypatch.chdir(folder)
+        tokens = [str(tmp_path / f"{side}.parquet") for side in ("train", "validation")]
+        train.main([str(base), *tokens, "adapter", "train.json", "loss.csv"])
+        return folder
+
+    return run
+
+
+def curve(folder) -> list[float]:
+    with (folder / "loss.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+def test_two_runs_give_the_same_bytes(trained):
+    one, other = trained("one"), trained("other")
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "train.json", "loss.csv"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_the_loss_curve_does_not_depend_on_the_tokens_per_pack(trained):
+    large, small = (
+        curve(trained("large", **{"machine.tokens_per_pack": 10_000})),
+        curve(trained("small", **{"machine.tokens_per_pack": 1})),
+    )
+    assert large == pytest.approx(small, rel=1e-4)
+    assert large[-1] < large[0]
+
+
+def test_another_seed_gives_another_adapter(trained):
+    one, other = (
+        load_file(trained(str(seed), **{"train.seed": seed}) / "adapter/adapter_model.safetensors") for seed in (1, 2)
+    )
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_metrics_say_what_was_trained(trained):
+    folder = trained("run")
+    metrics = json.loads((folder / "train.json").read_text())
+    adapter = load_file(folder / "adapter/adapter_model.safetensors")
+    assert metrics["steps"] == len(curve(folder)) == 6
+    assert metrics["trainable_parameters"] == sum(weight.numel() for weight in adapter.values())
+    assert metrics["validation_loss"] > 0
+    assert not {"seconds", "tokens_per_second", "peak_gib"} & set(metrics)
+    assert json.loads((folder / "metrics/timing.json").read_text())["train"]["tokens_per_second"] > 0
+
+
+def test_the_validation_loss_is_measured_as_often_as_asked_and_last_at_the_end(trained):
+    with (trained("run") / "loss.csv").open() as file:
+        measured = [int(row["step"]) for row in csv.DictReader(file) if row["validation_loss"]]
+    assert measured == [2, 4, 6]
+
+
+def test_the_adapters_configuration_is_sorted_and_names_no_path_of_this_machine(trained, tmp_path):
+    text = (trained("run") / "adapter/adapter_config.json").read_text()
+    config = json.loads(text)
+    assert list(config) == sorted(config)
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert str(tmp_path) not in text and "tiny" not in config["base_model_name_or_path"]
+
+
+def test_only_adapter_files_are_written(trained):
+    names = {path.name for path in (trained("run") / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_weights_that_are_not_finite_stop_training_and_name_step_and_rows(trained, tiny_model, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if "mlp" in name)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Refusal, match=r"step 1: the gradient is not finite, on rows row\d+"):
+        trained("run", base=broken)
+    assert not (tmp_path / "run/adapter").exists() and not (tmp_path / "run/train.json").exists()
+
+
+def test_a_target_that_no_module_has_is_refused_naming_those_there_are(trained):
+    with pytest.raises(Refusal, match=r"lora.target_modules .*q_projj.* match nothing; there are: .*q_proj"):
+        trained("run", **{"lora.target_modules": ["q_projj"]})
+
+
+def test_a_named_target_adapts_that_module_alone(trained):
+    adapter = load_file(trained("run", **{"lora.target_modules": ["q_proj"]}) / "adapter/adapter_model.safetensors")
+    assert adapter and all(".q_proj." in name for name in adapter)
+
+
+def test_the_fused_adapters_have_the_loss_and_gradients_of_pefts_own(tiny_model, tmp_path):
+    rows = write_tokens(tmp_path / "rows.parquet", 6, 2)
+    found = []
+    for fused in (False, True):
+        model = add_adapters(load_model(tiny_model, "cpu", torch.float32), Lora(**LORA), seed=0).train()
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        if fused:
+            fuse(model)
+        loss = sum(pack_loss(model.get_base_model(), piece) for piece in pack(rows, 200))
+        loss.backward()
+        found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (plain_loss, plain), (fused_loss, fused) = found
+    assert fused_loss == pytest.approx(plain_loss, rel=1e-6)
+    for name, gradient in plain.items():
+        assert gradient.norm() > 0, name
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_adapters_with_dropout_keep_pefts_own_forward(tiny_model):
+    model = add_adapters(load_model(tiny_model, "cpu", torch.float32), Lora(**{**LORA, "dropout": 0.1}), seed=0)
+    fuse(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, peft.tuners.lora.Linear)]
+    assert layers and all("forward" not in vars(layer) for layer in layers)
