@@ -4,6 +4,8 @@
         data/answers/tuned.jsonl metrics/tuned.json
 """
 
+import stages.models.quiet  # noqa: F401, I001 - before what it quiets
+
 import importlib
 import sys
 import time

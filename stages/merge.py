@@ -3,6 +3,8 @@
 python -m stages.merge models/base models/adapter data/tokens/test.parquet models/merged metrics/merge.json
 """
 
+import stages.models.quiet  # noqa: F401, I001 - before what it quiets
+
 import shutil
 import sys
 import time

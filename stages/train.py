@@ -7,6 +7,8 @@ An optimizer step is train.batch_size rows, whatever the memory: the rows are cu
 the loss is the sum over the step's supervised tokens divided by their number, over all packs.
 """
 
+import stages.models.quiet  # noqa: F401, I001 - before what it quiets
+
 import csv
 import itertools
 import math
@@ -19,8 +21,9 @@ from pathlib import Path
 import pyarrow.parquet
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from stages import timing
@@ -47,9 +50,42 @@ class Step:
 class Trainer(SFTTrainer):
     """TRL's trainer, over packs instead of padded batches, that stops at the first number that is not finite."""
 
-    tokens_per_pack: int
-    validation_rows: list[dict]
-    history: list[dict]
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Train,
+        machine: Resolved,
+        rows: list[dict],
+        validation_rows: list[dict],
+        scratch: str,
+    ):
+        """What the Trainer saves on its own account goes to `scratch`."""
+        self.rows, self.validation_rows = rows, validation_rows
+        self.tokens_per_pack = machine.tokens_per_pack
+        self.history: list[dict] = []
+        self.watch = Watch(self)
+        planned = schedule(rows, train.batch_size, train.epochs, train.seed, train.order)
+        super().__init__(
+            model=model,
+            args=arguments_of(train, len(planned), machine, scratch),
+            data_collator=self._step,
+            train_dataset=Dataset.from_dict({"rows": planned}),
+            eval_dataset=Dataset.from_dict({"rows": [[]]}),  # unread: evaluate() measures validation_rows
+            processing_class=tokenizer,
+            callbacks=[self.watch],
+        )
+        self.remove_callback(PrinterCallback)  # Watch prints the same figures, in one line
+
+    def _step(self, chosen: list[dict]) -> Step:
+        rows = [self.rows[i] for i in chosen[0]["rows"]]
+        packs = pack(rows, self.tokens_per_pack)
+        return Step(
+            packs,
+            supervised=sum(piece.supervised for piece in packs),
+            tokens=sum(piece.row_tokens for piece in packs),
+            rows=[row["id"] for row in rows],
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         return list(itertools.islice(epoch_iterator, num_batches)), None
@@ -73,6 +109,8 @@ class Trainer(SFTTrainer):
         """The mean loss, in nats a supervised token, of all validation rows."""
         self.model.eval()
         loss = mean_loss(self.model.get_base_model(), self.validation_rows, self.tokens_per_pack)
+        if not math.isfinite(loss):
+            raise Refusal(f"step {self.state.global_step}: the validation loss is {loss}; {ADVICE}")
         self.history.append({"step": self.state.global_step, "validation_loss": loss})
         metrics = {"eval_loss": loss}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -82,9 +120,8 @@ class Trainer(SFTTrainer):
 class Watch(TrainerCallback):
     """The progress line, the loss curve, and the stop at what is not finite."""
 
-    def __init__(self, history: list[dict]):
-        self.history = history
-        self.trainer: Trainer
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
         self.tokens = 0
         self.seconds: list[float] = []
 
@@ -112,7 +149,7 @@ class Watch(TrainerCallback):
         self.seconds.append(now - self.last)
         self.last = now
         point = {"step": state.global_step, "loss": logs["loss"], "gradient_norm": float(logs["grad_norm"])}
-        self.history.append({**point, "learning_rate": logs["learning_rate"]})
+        self.trainer.history.append({**point, "learning_rate": logs["learning_rate"]})
         rate = self.tokens / (now - self.began)
         figures = f"loss {logs['loss']:.3f}, {rate:.0f} tokens/s, {memory_gib(args.device):.1f} GiB"
         self.bar.set_postfix_str(figures, refresh=False)
@@ -122,7 +159,7 @@ class Watch(TrainerCallback):
         self.bar.close()
 
 
-ADVICE = "look at these rows, lower train.learning_rate, or set machine.dtype to float32"
+ADVICE = "look at the rows, lower train.learning_rate, or set machine.dtype to float32"
 
 
 def memory_gib(device: torch.device) -> float:
@@ -164,56 +201,34 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
     )
 
 
+def write_curve(path: Path, history: list[dict]) -> None:
+    """Write the points of the loss curve as CSV, empty where a point has no such number."""
+    columns = ["step", "loss", "validation_loss", "learning_rate", "gradient_norm"]
+    with new_file(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+
+
 def main(arguments: list[str]) -> None:
     base, train_tokens, validation_tokens, out, metrics, curve = (Path(argument) for argument in arguments)
     params = load()
     began = time.monotonic()
     machine = resolve(params.machine)
-    train_rows, validation_rows = (
-        pyarrow.parquet.read_table(path).to_pylist() for path in (train_tokens, validation_tokens)
-    )
+    rows, validation_rows = (pyarrow.parquet.read_table(path).to_pylist() for path in (train_tokens, validation_tokens))
     model = add_adapters(load_model(base, machine.device, machine.dtype), params.lora, params.train.seed)
     fuse(model)
-    train = params.train
-    planned = schedule(train_rows, train.batch_size, train.epochs, train.seed, train.order)
-    steps = len(planned)
-
-    def collate(chosen: list[dict]) -> Step:
-        rows = [train_rows[i] for i in chosen[0]["rows"]]
-        packs = pack(rows, machine.tokens_per_pack)
-        return Step(
-            packs,
-            supervised=sum(piece.supervised for piece in packs),
-            tokens=sum(piece.row_tokens for piece in packs),
-            rows=[row["id"] for row in rows],
-        )
-
-    history: list[dict] = []
-    watch = Watch(history)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=model,
-            args=arguments_of(params.train, steps, machine, scratch),
-            data_collator=collate,
-            train_dataset=Dataset.from_dict({"rows": planned}),
-            eval_dataset=Dataset.from_dict({"rows": [[]]}),  # unread: evaluate() measures validation_rows
-            processing_class=AutoTokenizer.from_pretrained(base, local_files_only=True),
-            callbacks=[watch],
-        )
-        trainer.tokens_per_pack, trainer.validation_rows = machine.tokens_per_pack, validation_rows
-        trainer.history, watch.trainer = history, trainer
-        trainer.remove_callback(PrinterCallback)  # Watch prints the same figures, in one line
+        trainer = Trainer(model, tokenizer, params.train, machine, rows, validation_rows, scratch)
         trainer.train()
-        if trainer.state.global_step != steps:
-            raise Refusal(f"training ended at step {trainer.state.global_step} of {steps}; run it again")
-        validation_loss = history[-1].get("validation_loss") or trainer.evaluate()["eval_loss"]
+    steps, history = trainer.args.max_steps, trainer.history
+    if trainer.state.global_step != steps:
+        raise Refusal(f"training ended at step {trainer.state.global_step} of {steps}; run it again")
+    validation_loss = history[-1].get("validation_loss") or trainer.evaluate()["eval_loss"]
     with new_folder(out) as folder:
         save_adapter(trainer.model, folder)
-    columns = ["step", "loss", "validation_loss", "learning_rate", "gradient_norm"]
-    with new_file(curve) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)
+    write_curve(curve, history)
     losses = [point["loss"] for point in history if "loss" in point]
     last = losses[-max(1, len(losses) // 10) :]
     write_json(
@@ -225,10 +240,10 @@ def main(arguments: list[str]) -> None:
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         },
     )
-    seconds = time.monotonic() - began
+    watch = trainer.watch
     timing.record(
         "train",
-        seconds=round(seconds, 1),
+        seconds=round(time.monotonic() - began, 1),
         tokens_per_second=round(watch.tokens / sum(watch.seconds), 1),
         peak_gib=round(memory_gib(trainer.args.device), 2),
         device=machine.device,

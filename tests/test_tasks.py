@@ -233,10 +233,16 @@ def test_a_reference_that_does_not_run_is_refused_by_its_place():
         list(text_to_sql.conversations(spider(row), sql()))
 
 
-def test_a_reference_that_the_sandbox_stops_is_refused_by_its_place():
+def test_a_reference_that_the_sandbox_will_not_run_is_refused_before_anything_is_trained():
     row = {"question": "?", "query": "SELECT printf('%d', 1) FROM singer", "db_id": "concert"}
+    with pytest.raises(Refusal, match=r"^dev.json line 1: query: SQLite says: not authorized to use function: printf;"):
+        list(text_to_sql.conversations(spider(row), sql()))
+
+
+def test_a_reference_that_the_sandbox_stops_is_refused_by_its_place():
+    row = {"question": "?", "query": "SELECT a.name FROM singer a, singer b, singer c, singer d", "db_id": "concert"}
     found = list(text_to_sql.conversations(spider(row), sql()))
-    with pytest.raises(Refusal, match=r"^dev.json line 1: the reference query does not run: "):
+    with pytest.raises(Refusal, match=r"^dev.json line 1: the reference query does not run: it returns more rows"):
         list(text_to_sql.score(found, ["SELECT 1"], sql()))
 
 

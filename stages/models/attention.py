@@ -39,6 +39,9 @@ def packed_attention(
     attend = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
     if softcap is not None:
         attend = functools.partial(_softcapped, dropout_p=dropout, scale=scaling, softcap=softcap)
+    dtype = query.dtype
+    if query.device.type == "cpu":  # whose kernels take twice as long for bfloat16, backward, as for float32
+        query, key, value = query.float(), key.float(), value.float()
     parts = []
     for start, end, shared_start, shared_end in segments:
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
@@ -49,7 +52,7 @@ def packed_attention(
             parts.append(attend(q, k, v, is_causal=True))
         else:
             parts.append(attend(q, k, v, attn_mask=seen(queries, keys, sliding_window, q.device)))
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).to(dtype).transpose(1, 2), None
 
 
 @functools.lru_cache(maxsize=256)  # every layer asks for the same few

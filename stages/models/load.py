@@ -1,9 +1,7 @@
 """A model's folder in; the model ready for training or generation out, and the loss of packed rows through it."""
 
-import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a stage reads folders; what must be fetched, download fetched
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging

@@ -7,14 +7,12 @@ from pathlib import Path
 import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from transformers import PreTrainedModel, set_seed
 
 from stages.params import Lora
 from stages.refusal import Refusal
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -101,8 +99,3 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """The model with the adapters of `folder` on it, for inference."""
     return PeftModel.from_pretrained(model, folder, is_trainable=False).eval()
-
-
-def adapter_parameters(folder: Path) -> int:
-    """How many numbers the adapter in `folder` has."""
-    return sum(tensor.numel() for tensor in load_file(folder / WEIGHTS).values())

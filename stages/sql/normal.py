@@ -10,7 +10,7 @@ from sqlglot import exp
 from sqlglot.errors import SqlglotError
 from sqlglot.generators.sqlite import SQLiteGenerator
 
-from stages.sql import scope
+from stages.sql import scope, worker
 from stages.sql.schema import Schema, quoted
 
 # Past these no question is answered by it, and parsers take their time over it: sqlglot's recurses.
@@ -52,7 +52,8 @@ class _Generator(SQLiteGenerator):
 
 
 def complaint(query: str, schema: Schema) -> str | None:
-    """What SQLite says against a query before running it; None where it accepts it."""
+    """What SQLite, or the sandbox in which it will run, says against a query before running it; None where neither
+    does."""
     try:
         _empty(tuple(schema.ddl(keys=False))).execute(f"EXPLAIN {collapsed(query)}").close()
     except (sqlite3.Error, sqlite3.Warning) as error:
@@ -161,4 +162,5 @@ def _empty(ddl: tuple[str, ...]) -> sqlite3.Connection:
     database = sqlite3.connect(":memory:", check_same_thread=False)
     for statement in ddl:
         database.execute(statement)
+    worker.confine(database)
     return database

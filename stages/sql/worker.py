@@ -115,16 +115,21 @@ def opened(ddl: list[str], rows: dict[str, list[list]]) -> sqlite3.Connection:
             places = ", ".join("?" * len(values[0]))
             database.executemany(f"INSERT INTO {name} VALUES ({places})", values)
     database.execute("COMMIT")
+    confine(database)
+    # SQLite stores no more of a text that is not UTF-8 than its bytes
+    database.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+    return database
+
+
+def confine(database: sqlite3.Connection) -> None:
+    """Let the connection do nothing from now on but read the tables that it has, within SQLite's own limits."""
     tables = {name.lower() for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     modules = {name.lower() for (name,) in database.execute("PRAGMA module_list")}
     database.execute("PRAGMA query_only = ON")
     if hasattr(database, "setlimit"):
         for limit, value in _LIMITS.items():
             database.setlimit(limit, value)
-    # SQLite stores no more of a text that is not UTF-8 than its bytes
-    database.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     database.set_authorizer(authorizer(tables, modules))
-    return database
 
 
 def authorizer(tables: set[str], modules: set[str]):
