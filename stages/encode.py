@@ -5,6 +5,7 @@
 What would waste hours of training unseen stops here in seconds, in one line that names the row.
 """
 
+import heapq
 import itertools
 import json
 import sys
@@ -107,6 +108,25 @@ class Encoder:
         return Encoded(row.id, input_ids[:end], labels[:end], len(turns[-1][0]))
 
 
+def with_examples(row: Conversation, examples: list[Conversation]) -> Conversation:
+    """The row with the examples as earlier turns of its conversation, after its own system message."""
+    opening = [message for message in row.messages[:1] if message.role == "system"]
+    turns = [message for example in examples for message in example.messages if message.role != "system"]
+    return row.model_copy(update={"messages": [*opening, *turns, *row.messages[len(opening) :]]})
+
+
+def only_last(row: Encoded) -> Encoded:
+    """The row with its last answer alone supervised."""
+    labels = [IGNORED] * row.prompt_tokens + row.labels[row.prompt_tokens :]
+    return Encoded(row.id, row.input_ids, labels, row.prompt_tokens)
+
+
+def write(path: Path, rows: Iterator[list[Encoded]]) -> None:
+    with pyarrow.parquet.ParquetWriter(path, SCHEMA) as file:
+        for batch in rows:
+            file.write_table(pyarrow.Table.from_pylist([vars(row) for row in batch], SCHEMA))
+
+
 def cut(rows: Iterable[Encoded], max_length: int, counts: Counter) -> Iterator[Encoded]:
     """Cut rows to `max_length` tokens, counting them; one with no supervised token left is dropped and counted."""
     for row in rows:
@@ -142,33 +162,48 @@ def terminators(base: Path) -> set[int]:
 
 def main(arguments: list[str]) -> None:
     base, conversations, out, metrics = (Path(argument) for argument in arguments)
-    max_length = load().encode.max_length
+    params = load()
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    stops = terminators(base)
-    encoder = Encoder(tokenizer, stops)
-    totals = {}
+    encoder = Encoder(tokenizer, terminators(base))
+    totals: dict[str, Counter] = {}
+    sample: list[str] = []
+
+    def encoded(name: str) -> Iterator[list[Encoded]]:
+        """The rows of one side, batch by batch, counted and a few of them kept for the sample."""
+        counts = totals[name] = Counter()
+        # test rows are generated from, whatever their length
+        limit = params.encode.max_length if name != "test" else sys.maxsize
+        for batch in batches(conversation.read(conversations / f"{name}.jsonl")):
+            kept = list(cut(encoder.encode(batch), limit, counts))
+            counts["rows"] += len(kept)
+            counts["supervised"] += sum(label != IGNORED for row in kept for label in row.labels)
+            sample.extend(marked(row, tokenizer) for row in kept[: 5 - len(sample)])
+            yield kept
+
     with new_folder(out) as folder:
-        sample: list[str] = []
         for name in SIDES:
-            counts: Counter = Counter()
-            rows = conversation.read(conversations / f"{name}.jsonl")
-            # test rows are generated from, whatever their length
-            limit = max_length if name != "test" else sys.maxsize
-            with pyarrow.parquet.ParquetWriter(folder / f"{name}.parquet", SCHEMA) as file:
-                while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
-                    kept = list(cut(encoder.encode(batch), limit, counts))
-                    counts["rows"] += len(kept)
-                    counts["supervised"] += sum(label != IGNORED for row in kept for label in row.labels)
-                    file.write_table(pyarrow.Table.from_pylist([vars(row) for row in kept], SCHEMA))
-                    sample += [marked(row, tokenizer) for row in kept[: 5 - len(sample)]]
-            if name != "test" and not counts["rows"]:
-                raise Refusal(f"every {name} row's answer begins after token {max_length}; raise encode.max_length")
-            totals[name] = counts
+            write(folder / f"{name}.parquet", encoded(name))
+            if name != "test" and not totals[name]["rows"]:
+                raise Refusal(
+                    f"every {name} row's answer begins after token {params.encode.max_length}; raise encode.max_length"
+                )
+        # ids are hashes: the first of them are an even sample, and few rows that are added later come before them
+        by_id = heapq.nsmallest(
+            params.evaluate.shots, conversation.read(conversations / "train.jsonl"), key=lambda row: row.id
+        )
+        asked = batches(conversation.read(conversations / "test.jsonl"))
+        shown = ([with_examples(row, by_id) for row in batch] for batch in asked)
+        write(folder / "test_few_shot.parquet", ([only_last(row) for row in encoder.encode(batch)] for batch in shown))
         (folder / "sample.txt").write_text(("\n" + "-" * 80 + "\n").join(sample) + "\n", encoding="utf-8")
     kinds = ("rows", "tokens", "supervised", "truncated", "dropped")
     write_json(metrics, {f"{name}_{kind}": totals[name][kind] for name in SIDES for kind in kinds})
     for name in SIDES:
         print(f"{name}: " + ", ".join(f"{totals[name][kind]} {kind}" for kind in kinds), file=sys.stderr)
+
+
+def batches(rows: Iterator[Conversation]) -> Iterator[list[Conversation]]:
+    while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        yield batch
 
 
 if __name__ == "__main__":

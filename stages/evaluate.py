@@ -7,18 +7,18 @@
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
 
 import importlib
+import math
 import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet
-import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from stages import conversation, timing
 from stages.models.generate import attention_for_generation, generate
-from stages.models.load import load_model, mean_loss
+from stages.models.load import load_model, mean_loss, row_losses
 from stages.models.machine import resolve
 from stages.outputs import write_json, write_jsonl
 from stages.params import load
@@ -36,8 +36,7 @@ def main(arguments: list[str]) -> None:
     rows = sorted(conversation.read(conversations), key=lambda row: row.id)[: params.evaluate.rows]
     model = load_model(folder, machine.device, machine.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    with torch.inference_mode():
-        loss = mean_loss(model, [encoded[row.id] for row in rows], machine.tokens_per_pack)
+    losses = row_losses(model, [encoded[row.id] for row in rows], machine.tokens_per_pack)
     stops = model.generation_config.eos_token_id
     model.set_attn_implementation(attention_for_generation(model))
     generating = time.monotonic()
@@ -64,13 +63,18 @@ def main(arguments: list[str]) -> None:
                 "answer": text,
                 "stopped": answer.stopped,
                 "scores": score,
+                "group": row.groups[params.prepare.group_by],
+                "nats": losses[row.id][0],
+                "tokens": losses[row.id][1],
             }
             for row, text, answer, score in zip(rows, texts, found, scores, strict=True)
         ),
     )
-    means = {name: round(sum(score[name] for score in scores) / len(scores), 6) for name in scores[0]}
-    stop_rate = round(sum(answer.stopped for answer in found) / len(found), 6)
-    write_json(metrics, {"rows": len(rows), **means, "stop_rate": stop_rate, "loss": round(loss, 6)})
+    means = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+    means["stop_rate"] = sum(answer.stopped for answer in found) / len(found)
+    means["loss"] = mean_loss(losses.values())
+    means["perplexity"] = math.exp(means["loss"])
+    write_json(metrics, {"rows": len(rows), **{name: round(value, 6) for name, value in means.items()}})
     timing.record(
         f"evaluate_{metrics.stem}",
         seconds=round(time.monotonic() - began, 1),
@@ -79,7 +83,7 @@ def main(arguments: list[str]) -> None:
         tokens_per_second=round(sum(len(answer.tokens) for answer in found) / (generated - generating), 1),
         peak_gib=timing.peak_gib(),
     )
-    print(", ".join(f"{name} {value:.1%}" for name, value in means.items()) + f", loss {loss:.3f}", file=sys.stderr)
+    print(", ".join(f"{name} {value:.4g}" for name, value in means.items()), file=sys.stderr)
 
 
 if __name__ == "__main__":

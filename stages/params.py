@@ -139,6 +139,7 @@ class Merge(Section):
 
 class Evaluate(Section):
     rows: Count | None
+    shots: Annotated[int, Field(ge=1, le=64)]
     max_new_tokens: Annotated[int, Field(ge=1, le=32768)]
 
 

@@ -1,8 +1,10 @@
-"""Metrics, loss curve and answers in; one HTML page that a person reads out: no script, nothing loaded, no dates.
+"""Metrics, loss curve and answers in; what is progress and what is noise out, and one HTML page that a person reads.
 
     python -m stages.report metrics/data.json metrics/tokens.json metrics/train.json metrics/loss.csv \\
-        metrics/merge.json metrics/base.json metrics/tuned.json data/answers/base.jsonl data/answers/tuned.jsonl \\
-        models/base/provenance.json data/raw/provenance.json metrics/report.html
+        metrics/merge.json data/answers/base.jsonl data/answers/few_shot.jsonl data/answers/tuned.jsonl \\
+        models/base/provenance.json data/raw/provenance.json metrics/report.html metrics/comparison.json
+
+The page has no script, loads nothing and bears no date: the same inputs give the same bytes.
 """
 
 import csv
@@ -21,14 +23,15 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from stages import noise
 from stages.conversation import SIDES
-from stages.outputs import new_file
+from stages.outputs import new_file, write_json
 from stages.params import Params, load
 from stages.refusal import Refusal, run
 
 EXAMPLES = 4  # of each kind
 INK = "#808081"  # stands for the page's own text colour, light or dark, until the SVG is written
-NATS = ("loss",)  # scores that are not shares
+NATS = ("loss",)  # scores that are not shares, and better when they are smaller
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,37 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def pair(base: Path, tuned: Path) -> list[Example]:
-    """Both models' answers, row by row; raises Refusal when they are not to the same rows."""
-    before, after = (
-        {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
-        for path in (base, tuned)
-    )
-    if before.keys() != after.keys():
-        raise Refusal(f"{base} and {tuned}: answer different rows; run both again: dvc repro -f evaluate@base")
-    return [Example(before[identity], after[identity]) for identity in sorted(before)]
+def read_answers(paths: list[Path]) -> list[list[dict[str, Any]]]:
+    """Each model's answers, by their ids; raises Refusal when they are not to the same rows."""
+    found = [
+        sorted(map(json.loads, path.read_text(encoding="utf-8").splitlines()), key=lambda row: row["id"])
+        for path in paths
+    ]
+    for path, rows in zip(paths, found, strict=True):
+        if [row["id"] for row in rows] != [row["id"] for row in found[0]]:
+            raise Refusal(f"{paths[0]} and {path}: answer different rows; run both again: dvc repro -f {paths[0]}")
+    return found
+
+
+def compare(base: list[dict], few_shot: list[dict], tuned: list[dict]) -> dict[str, dict[str, Any]]:
+    """For each score: what the three have, each with its 95% interval, and what `tuned` has over each of the others,
+    with interval, exact p, and a verdict: better, worse, or noise."""
+    scores = {"base": noise.read(base), "few_shot": noise.read(few_shot), "tuned": noise.read(tuned)}
+    found: dict[str, dict[str, Any]] = {}
+    for name, after in scores["tuned"].items():
+        one: dict[str, Any] = {}
+        for model, of in scores.items():
+            low, high = noise.interval(of[name])
+            one[model] = {"mean": of[name].mean, "low": low, "high": high}
+        for model in ("base", "few_shot"):
+            gain = noise.difference(scores[model][name], after)
+            better = (gain.mean < 0) == (name in NATS)
+            verdict = "noise" if gain.is_noise else "better" if better else "worse"
+            one[f"over_{model}"] = {**vars(gain), "verdict": verdict}
+        found[name] = {
+            key: {k: round(v, 6) if isinstance(v, float) else v for k, v in part.items()} for key, part in one.items()
+        }
+    return found
 
 
 def kinds(examples: list[Example], headline: str) -> list[Kind]:
@@ -135,18 +160,16 @@ def parameters(params: Params) -> Iterator[tuple[str, Any]]:
             yield from flat(name, getattr(params, name).model_dump(by_alias=True, exclude=exclude))
 
 
-def score(value: float | None, name: str, signed: bool = False) -> str:
+def score(value: float, name: str, signed: bool = False) -> str:
     """A score, or with `signed` the difference of two, as text: shares in percent, a loss as it is."""
-    if value is None:
-        return "–"
     scaled, digits = (value, 3) if name in NATS else (100 * value, 1)
     text = f"{round(scaled, digits) + 0.0:{'+' if signed else ''},.{digits}f}".replace("-", "−")
     return text if name in NATS else text + (" points" if signed else "%")
 
 
 def main(arguments: list[str]) -> None:
-    *inputs, out = (Path(argument) for argument in arguments)
-    data, tokens, train, curve, merge, base, tuned, base_answers, tuned_answers, model_origin, data_origin = inputs
+    *inputs, out, comparison_out = (Path(argument) for argument in arguments)
+    data, tokens, train, curve, merge, *answers, model_origin, data_origin = inputs
     params = load()
     headline = importlib.import_module(f"stages.tasks.{params.task.name}").HEADLINE
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -154,12 +177,18 @@ def main(arguments: list[str]) -> None:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters.update(score=score, words=lambda name: name.replace("_", " "))
+    base, few_shot, tuned = read_answers(answers)
+    comparison = compare(base, few_shot, tuned)
     page = templates.get_template("report.html.jinja").render(
-        **{path.stem: read(path) for path in (data, tokens, train, merge, base, tuned)},
+        **{path.stem: read(path) for path in (data, tokens, train, merge)},
+        comparison=comparison,
+        rows=len(tuned),
+        groups=len({row["group"] for row in tuned}),
+        shots=params.evaluate.shots,
         task=params.task.name,
         headline=headline,
         curve=draw(curve),
-        kinds=kinds(pair(base_answers, tuned_answers), headline),
+        kinds=kinds(list(map(Example, base, tuned)), headline),
         sides=SIDES,
         model_origin=read(model_origin),
         data_origin=read(data_origin),
@@ -168,6 +197,7 @@ def main(arguments: list[str]) -> None:
     )
     with new_file(out) as partial:
         partial.write_text(page, encoding="utf-8")
+    write_json(comparison_out, comparison)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from stages import timing
-from stages.models.load import load_model, mean_loss, pack_loss
+from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.lora import add_adapters, fuse, save_adapter
 from stages.models.machine import Resolved, resolve
 from stages.models.packs import Pack, pack
@@ -104,11 +104,11 @@ class Trainer(SFTTrainer):
     def floating_point_ops(self, inputs) -> int:
         return 0  # counted nowhere: the Trainer's own count takes padded batches
 
-    @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """The mean loss, in nats a supervised token, of all validation rows."""
         self.model.eval()
-        loss = mean_loss(self.model.get_base_model(), self.validation_rows, self.tokens_per_pack)
+        losses = row_losses(self.model.get_base_model(), self.validation_rows, self.tokens_per_pack)
+        loss = mean_loss(losses.values())
         if not math.isfinite(loss):
             raise Refusal(f"step {self.state.global_step}: the validation loss is {loss}; {ADVICE}")
         self.history.append({"step": self.state.global_step, "validation_loss": loss})

@@ -196,3 +196,38 @@ def test_the_stage_writes_the_same_bytes_twice(stage):
     stage(train=rows)
     assert {path: path.read_bytes() for path in [*Path("tokens").iterdir(), Path("tokens.json")]} == before
     assert len(tokens("train")) == 1500
+
+
+def test_examples_stand_before_the_question_and_only_its_own_answer_is_supervised(tokenizer):
+    system = Message(role="system", content="Be brief.")
+    asked = row("Three?", "Third.")
+    asked = asked.model_copy(update={"messages": [system, *asked.messages]})
+    shown = encode.with_examples(asked, [row("One?", "First."), row("Two?", "Second.")])
+    assert [message.content for message in shown.messages] == [
+        "Be brief.",
+        *("One?", "First.", "Two?", "Second.", "Three?", "Third."),
+    ]
+    (found,) = Encoder(tokenizer, STOPS).encode([shown])
+    assert supervised(tokenizer, encode.only_last(found)) == ["Third.<end_of_turn>"]
+
+
+def test_the_examples_of_the_stage_are_training_rows_and_as_many_as_asked(
+    tmp_path, tiny_model, params_file, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    params_file(tmp_path, **{"evaluate.shots": 2})
+    folder = tmp_path / "conversations"
+    folder.mkdir()
+    sides = {
+        "train": [row(f"T{n}?", f"t{n}") for n in range(9)],
+        "validation": [row("V?", "v")],
+        "test": [row("Q?", "q")],
+    }
+    for name, rows in sides.items():
+        (folder / f"{name}.jsonl").write_text("".join(one.model_dump_json() + "\n" for one in rows))
+    encode.main([str(tiny_model), str(folder), "tokens", "tokens.json"])
+    (found,) = pq.read_table("tokens/test_few_shot.parquet").to_pylist()
+    text = AutoTokenizer.from_pretrained(tiny_model, local_files_only=True).decode(found["input_ids"])
+    shown = re.findall(r"user\n(.*?)<end_of_turn>\n<start_of_turn>model\n(.*?)<end_of_turn>", text)
+    chosen = sorted(sides["train"], key=lambda one: one.id)[:2]
+    assert shown == [(one.messages[0].content, one.reference) for one in chosen] + [("Q?", "q")]

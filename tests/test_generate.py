@@ -95,3 +95,19 @@ def test_a_model_that_caps_its_attention_generates_with_eager(model):
         assert attention_for_generation(model) == "eager"
     finally:
         model.config.attn_logit_softcapping = None
+
+
+@pytest.mark.parametrize("rows_per_batch", [2, 64])
+def test_a_beginning_that_all_prompts_share_is_computed_once_and_changes_no_answer(
+    rows_per_batch, model, prompts, stops, monkeypatch
+):
+    beginning = prompts[1]
+    longer = [beginning + prompt[1:] for prompt in prompts] + [beginning + prompts[1][1:] * 2]
+    computed = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: computed.append(inputs["input_ids"]) or forward(**inputs))
+    found = generate(model, longer, stops, NEW, rows_per_batch)
+    monkeypatch.undo()
+    assert found == one_at_a_time(model, longer, stops, NEW)
+    assert computed[0].tolist() == [beginning]
+    assert all(ids.shape[1] <= 2 * len(prompts[1]) for ids in computed[1:])

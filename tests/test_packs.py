@@ -14,7 +14,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from stages.models.load import mean_loss, pack_loss, packed_logits
+from stages.models.load import mean_loss, pack_loss, packed_logits, row_losses
 from stages.models.loss import head_loss
 from stages.models.packs import IGNORED, SHARED_AT_LEAST, pack
 from stages.models.schedule import schedule
@@ -41,7 +41,13 @@ FAMILIES = {
 
 
 def row(prompt: list[int], answer: list[int]) -> dict:
-    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer, "prompt_tokens": len(prompt)}
+    labels = [IGNORED] * len(prompt) + answer
+    return {
+        "id": str(prompt + answer),
+        "input_ids": prompt + answer,
+        "labels": labels,
+        "prompt_tokens": len(prompt),
+    }
 
 
 def rows(seed: int = 0) -> list[dict]:
@@ -129,7 +135,7 @@ def test_packs_stay_in_the_budget_unless_one_row_alone_exceeds_it(budget):
 
 def test_a_supervised_beginning_is_never_shared():
     answer = list(range(2, 60))
-    twins = [{"input_ids": [1, *answer], "labels": [IGNORED, *answer], "prompt_tokens": 1}] * 2
+    twins = [{"id": "a", "input_ids": [1, *answer], "labels": [IGNORED, *answer], "prompt_tokens": 1}] * 2
     (piece,) = pack(twins, 1000)
     assert piece.supervised == 2 * len(answer)
 
@@ -145,7 +151,7 @@ def test_the_head_loss_is_that_of_double_precision_with_and_without_a_softcap():
         logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
         expected = F.cross_entropy(logits, targets, reduction="sum")
         expected.backward()
-        found = head_loss(hidden, head, targets, softcap)
+        found = head_loss(hidden, head, targets, softcap).sum()
         found.backward()
         assert found.item() == pytest.approx(expected.item(), rel=1e-6)
         assert float((hidden.grad - exact.grad).norm() / exact.grad.norm()) < 1e-6
@@ -153,13 +159,22 @@ def test_the_head_loss_is_that_of_double_precision_with_and_without_a_softcap():
 
 def test_a_head_that_is_trained_gets_gradients():
     head = torch.nn.Linear(8, 20, bias=False)
-    head_loss(torch.randn(5, 8), head, torch.randint(20, (5,))).backward()
+    head_loss(torch.randn(5, 8), head, torch.randint(20, (5,))).sum().backward()
     assert head.weight.grad.norm() > 0
 
 
 def test_the_mean_loss_does_not_depend_on_the_budget(model):
     with torch.no_grad():
-        assert mean_loss(model, rows(), 40) == pytest.approx(mean_loss(model, rows(), 4000), rel=1e-5)
+        few, many = (mean_loss(row_losses(model, rows(), budget).values()) for budget in (40, 4000))
+        assert few == pytest.approx(many, rel=1e-5)
+
+
+def test_each_rows_loss_is_its_own_whatever_it_is_packed_with(model):
+    together = row_losses(model, rows(), 4000)
+    for row in rows():
+        alone = row_losses(model, [row], 4000)[row["id"]]
+        assert together[row["id"]] == (pytest.approx(alone[0], rel=1e-5), alone[1])
+        assert alone[1] == sum(label != IGNORED for label in row["labels"])
 
 
 @pytest.mark.parametrize("order", ["shuffled", "shared"])

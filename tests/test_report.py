@@ -26,8 +26,8 @@ HOSTILE = [
     "<meta http-equiv=refresh content=0;url=https://example.com>",
 ]
 PATHS = [
-    *("data.json", "tokens.json", "train.json", "loss.csv", "merge.json", "base.json", "tuned.json"),
-    *("base.jsonl", "tuned.jsonl", "model-provenance.json", "provenance.json", "report.html"),
+    *("data.json", "tokens.json", "train.json", "loss.csv", "merge.json", "base.jsonl", "few_shot.jsonl"),
+    *("tuned.jsonl", "model-provenance.json", "provenance.json", "report.html", "comparison.json"),
 ]
 QUOTES = {"name": "quotes", "rows": "fortunes", "given_words": 5, "longest": 400}
 
@@ -54,6 +54,7 @@ class Page(html.parser.HTMLParser):
 def answer(identity: str, right: bool, scores: tuple[str, ...], **fields) -> dict:
     plain = {"prompt": "singer(name, age)\n\nHow many singers?", "reference": "SELECT count(*) FROM singer"}
     written = {"answer": f"the answer to {identity}", "stopped": right, "scores": dict.fromkeys(scores, right)}
+    written |= {"group": f"group {identity}", "nats": 2.5 if right else 15.0, "tokens": 10}
     return {"id": identity, "where": f"dev.json row {identity}", **plain, **written, **fields}
 
 
@@ -65,11 +66,9 @@ def write_inputs(folder: Path, task: dict | None = None, **answers_fields) -> li
     yaml.dump(params, folder / "params.yaml")
     scores = ("right_form", "right_author") if task else ("execution_accuracy", "valid_sql", "exact_match")
     before, after = [0, 0, 1, 1, 0, 0, 0, 0], [1, 1, 0, 1, 0, 1, 1, 1]
-    for name, rights, loss in (("base", before, 1.5), ("tuned", after, 0.25)):
+    for name, rights in (("base", before), ("few_shot", before), ("tuned", after)):
         rows = [answer(str(i), bool(right), scores, **answers_fields) for i, right in enumerate(rights)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        means = dict.fromkeys((*scores, "stop_rate"), sum(rights) / len(rights))
-        write(folder / f"{name}.json", {"rows": len(rows), **means, "loss": loss})
     sides = ("train", "validation", "test")
     kinds = ("rows", "groups", "tokens", "supervised", "truncated", "dropped")
     counts = {f"{side}_{kind}": 1234 for side in sides for kind in kinds}
@@ -101,7 +100,7 @@ def make(tmp_path, monkeypatch):
 
     def make(arguments: list[str]) -> str:
         report.main(arguments)
-        return Path(arguments[-1]).read_text(encoding="utf-8")
+        return Path(arguments[-2]).read_text(encoding="utf-8")
 
     return make
 
@@ -112,7 +111,7 @@ def test_the_page_is_the_same_bytes_when_made_again_elsewhere(make, tmp_path):
     (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nfont.size: 30\n")
     surroundings = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "HOSTNAME": "elsewhere"}
     subprocess.run([sys.executable, "-m", "stages.report", *arguments], env={**os.environ, **surroundings}, check=True)
-    assert Path(arguments[-1]).read_text(encoding="utf-8") == first
+    assert Path(arguments[-2]).read_text(encoding="utf-8") == first
 
 
 def test_nothing_is_loaded_and_nothing_may_be(make, tmp_path):
@@ -156,12 +155,20 @@ def test_hostile_texts_are_shown_and_do_nothing(make, tmp_path):
 
 def test_the_headline_says_before_after_and_difference(make, tmp_path):
     text = " ".join(Page(make(write_inputs(tmp_path))).text.split())
-    assert (
-        "text to sql: execution accuracy 25.0% → 75.0% +50.0 points, base model to tuned model, on 8 test rows" in text
-    )
+    assert "text to sql: execution accuracy 25.0% → 75.0% +50.0 points (" in text
+    assert "over the base model with 3 examples in its prompt (25.0%), on 8 test rows" in text
     assert "Fixed 5, broken 1, still wrong 1, right before and after 1." in text
-    assert "execution accuracy 25.0% 75.0% +50.0 points" in text
-    assert "loss, nats a token 1.500 0.250 −1.250" in text
+    assert re.search(r"execution accuracy 25\.0% \S+% to \S+% 25\.0% .* 75\.0% .* \+50\.0 points", text)
+    assert re.search(r"loss, nats a token 1\.188 .* 0\.562 .* −0\.625", text)
+
+
+def test_a_difference_that_chance_explains_is_called_noise_in_the_page_and_the_metrics(make, tmp_path):
+    page = Page(make(write_inputs(tmp_path)))
+    comparison = json.loads((tmp_path / "comparison.json").read_text())
+    gain = comparison["execution_accuracy"]["over_base"]
+    assert (gain["mean"], gain["verdict"]) == (0.5, "noise")  # five of eight won and one lost: p is 14/64
+    assert gain["p"] == pytest.approx(14 / 64, abs=1e-6)
+    assert "p 0.2188: noise" in " ".join(page.text.split())
 
 
 def test_each_kind_shows_its_first_examples_side_by_side(make, tmp_path):
@@ -200,8 +207,6 @@ def test_the_science_is_told_and_the_machine_is_not(make, tmp_path):
 
 def test_what_is_not_a_number_is_left_out(make, tmp_path):
     arguments = write_inputs(tmp_path)
-    change(tmp_path / "train.json", validation_loss=None)
-    change(tmp_path / "base.json", stop_rate=None)
     curve = tmp_path / "loss.csv"
     curve.write_text(curve.read_text() + "41,nan,,,\n42,inf,,,\n42,,nan,,\n")
     page = make(arguments)
@@ -224,7 +229,7 @@ def test_answers_to_different_rows_are_refused_and_the_old_page_stays(make, tmp_
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(Refusal, match="answer different rows"):
         make(arguments)
-    assert Path(arguments[-1]).read_text(encoding="utf-8") == before
+    assert Path(arguments[-2]).read_text(encoding="utf-8") == before
     assert not list(tmp_path.glob(".report*"))
 
 

@@ -11,6 +11,8 @@ from transformers.masking_utils import sdpa_mask
 
 SHRINK_AT = 0.25  # share of finished rows at which moving the others' caches together costs less than carrying them
 
+SHARED_AT_LEAST = 32  # tokens that all prompts begin with, to be computed apart
+
 # On a CPU more at once takes longer a token: read at 32, 64 and 105 prompts of 130 tokens, 0.12, 0.12, 0.18 s a prompt.
 PROMPT_TOKENS = {"cpu": 8192}
 
@@ -108,15 +110,53 @@ def generate(
     `on_batch` is told how many rows each finished batch held.
     """
     answers: dict[int, Answer] = {}
+    beginning = _begin(model, prompts)
     tokens = PROMPT_TOKENS.get(model.device.type)
-    for batch in batches([len(prompt) for prompt in prompts], rows_per_batch, tokens):
-        found = _batch(model, [prompts[i] for i in batch], stops, max_new_tokens)
+    for batch in batches([len(prompt) - beginning.tokens for prompt in prompts], rows_per_batch, tokens):
+        found = _batch(model, [prompts[i] for i in batch], beginning, stops, max_new_tokens)
         answers.update(zip(batch, found, strict=True))
         on_batch(len(batch))
     return [answers[i] for i in range(len(prompts))]
 
 
-def _batch(model: PreTrainedModel, prompts: list[list[int]], stops: set[int], max_new_tokens: int) -> list[Answer]:
+@dataclass(frozen=True)
+class Beginning:
+    """What all prompts begin with, P tokens, and each layer's keys and values of it: [1, G, P, D] both."""
+
+    tokens: int
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def fill(self, cache: Cache, padding: list[int]) -> None:
+        """Put it into the empty cache of a batch, behind each row's padding; what that pushes over its end is left
+        out, and each row computes it again."""
+        for number, layer in enumerate(self.layers):
+            made = []
+            for held in layer:
+                rows = held.new_zeros(len(padding), *held.shape[1:])
+                for row, pad in zip(rows, padding, strict=True):
+                    row[:, pad:] = held[0, :, : max(0, self.tokens - pad)]
+                made.append(rows)
+            cache.update(*made, number)
+
+
+def _begin(model: PreTrainedModel, prompts: list[list[int]]) -> Beginning:
+    """Compute once what all prompts begin with, such as the same examples; nothing where that is short."""
+    shared = 0
+    if len(prompts) > 1:
+        first, last = min(prompts), max(prompts)  # what these two share, all between them share
+        while shared < min(len(first), len(last)) - 1 and first[shared] == last[shared]:
+            shared += 1
+    if shared < SHARED_AT_LEAST:
+        return Beginning(0, [])
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    ids = torch.tensor([prompts[0][:shared]], device=model.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Beginning(shared, [(layer.keys, layer.values) for layer in cache.layers])
+
+
+def _batch(
+    model: PreTrainedModel, prompts: list[list[int]], beginning: Beginning, stops: set[int], max_new_tokens: int
+) -> list[Answer]:
     device = model.device
     longest = max(map(len, prompts))
     # left padding, so that every row's next token comes at the right end
@@ -124,6 +164,9 @@ def _batch(model: PreTrainedModel, prompts: list[list[int]], stops: set[int], ma
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = Cache(layer_class_to_replicate=RoomyLayer)
+    if beginning.tokens:
+        beginning.fill(cache, [longest - len(p) for p in prompts])
+        ids, positions = ids[:, beginning.tokens :], positions[:, beginning.tokens :]
     terminators = torch.tensor(sorted(stops), device=device)
     tokens: list[list[int]] = [[] for _ in prompts]
     live, stopped = list(range(len(prompts))), set()

@@ -1,5 +1,7 @@
 """A model's folder in; the model ready for training or generation out, and the loss of packed rows through it."""
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -47,14 +49,30 @@ def pack_loss(model: PreTrainedModel, piece: Pack) -> torch.Tensor:
     """Sum of the cross-entropy of the pack's supervised tokens, in nats."""
     supervised = piece.targets != IGNORED  # the head is the costliest layer: only these tokens need it
     hidden = _hidden(model, piece)[supervised]
-    return head_loss(hidden, model.get_output_embeddings(), piece.targets[supervised], _softcap(model))
+    return head_loss(hidden, model.get_output_embeddings(), piece.targets[supervised], _softcap(model)).sum()
 
 
-def mean_loss(model: PreTrainedModel, rows: list[dict], tokens_per_pack: int) -> float:
-    """Mean cross-entropy, in nats, of the supervised tokens of rows ({input_ids, labels})."""
-    packs = pack(rows, tokens_per_pack)
-    total = sum(float(pack_loss(model, piece.to(model.device))) for piece in packs)
-    return total / sum(piece.supervised for piece in packs)
+@torch.no_grad()
+def row_losses(model: PreTrainedModel, rows: list[dict], tokens_per_pack: int) -> dict[str, tuple[float, int]]:
+    """For each row ({id, input_ids, labels}), by its id: the sum of the cross-entropy of its supervised tokens, in
+    nats, and how many there are."""
+    found = {}
+    for piece in pack(rows, tokens_per_pack):
+        supervised = piece.targets != IGNORED
+        on_device = piece.to(model.device)
+        hidden = _hidden(model, on_device)[supervised.to(model.device)]
+        targets = on_device.targets[supervised.to(model.device)]
+        losses = torch.zeros(len(supervised))
+        losses[supervised] = head_loss(hidden, model.get_output_embeddings(), targets, _softcap(model)).cpu()
+        for name, start, end in piece.rows:
+            found[name] = float(losses[start:end].double().sum()), int(supervised[start:end].sum())
+    return found
+
+
+def mean_loss(losses: Iterable[tuple[float, int]]) -> float:
+    """Mean cross-entropy of a supervised token, in nats, over what `row_losses` gives for each row."""
+    sums, tokens = zip(*losses, strict=True)
+    return math.fsum(sums) / sum(tokens)
 
 
 def packed_logits(model: PreTrainedModel, piece: Pack, tokens: slice) -> torch.Tensor:

@@ -5,6 +5,7 @@ once, then what is each row's own. Attention lets each own part see the beginnin
 gradients are those of the rows one by one.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,13 +31,15 @@ class Pack:
     """Rows end to end, T tokens to compute.
 
     input_ids, position_ids: [1, T], positions counting from each row's beginning; targets: [T], the token that should
-    follow each token, IGNORED where that is not supervised; row_tokens: the rows' tokens, shared ones counted for each.
+    follow each token, IGNORED where that is not supervised; rows: each row's id with the start and end of what is its
+    own; row_tokens: the rows' tokens, shared ones counted for each.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     targets: torch.Tensor
     segments: tuple[Segment, ...]
+    rows: tuple[tuple[str, int, int], ...]
     row_tokens: int
 
     @property
@@ -46,7 +49,7 @@ class Pack:
 
     def to(self, device: torch.device | str) -> "Pack":
         input_ids, position_ids, targets = (x.to(device) for x in (self.input_ids, self.position_ids, self.targets))
-        return Pack(input_ids, position_ids, targets, self.segments, self.row_tokens)
+        return dataclasses.replace(self, input_ids=input_ids, position_ids=position_ids, targets=targets)
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Tree:
 
 
 def pack(rows: Iterable[dict], tokens_per_pack: int) -> list[Pack]:
-    """Lay rows ({input_ids, labels}) in as few packs of at most `tokens_per_pack` tokens as first-fit decreasing
+    """Lay rows ({id, input_ids, labels}) in as few packs of at most `tokens_per_pack` tokens as first-fit decreasing
     finds (Johnson 1973); a longer row has a pack of its own. `prompt_tokens` of a row, where there, is not read."""
     bins: list[list[Tree]] = []
     sizes: list[int] = []
@@ -112,6 +115,7 @@ def _lay(members: list[Tree]) -> Pack:
     positions: list[int] = []
     targets: list[int] = []
     segments: list[Segment] = []
+    rows: list[tuple[str, int, int]] = []
     for tree in members:
         shared = (len(ids), len(ids) + tree.shared)
         if tree.shared:
@@ -125,5 +129,13 @@ def _lay(members: list[Tree]) -> Pack:
             positions += range(tree.shared, len(row["input_ids"]))
             targets += [*row["labels"][tree.shared + 1 :], IGNORED]
             segments.append(Segment(start, len(ids), *shared))
+            rows.append((row["id"], start, len(ids)))
     row_tokens = sum(len(row["input_ids"]) for tree in members for row in tree.rows)
-    return Pack(torch.tensor([ids]), torch.tensor([positions]), torch.tensor(targets), tuple(segments), row_tokens)
+    return Pack(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        targets=torch.tensor(targets),
+        segments=tuple(segments),
+        rows=tuple(rows),
+        row_tokens=row_tokens,
+    )
