@@ -31,12 +31,15 @@ def main(arguments: list[str]) -> None:
     began = time.monotonic()
     machine = resolve(params.machine)
     task = importlib.import_module(f"stages.tasks.{params.task.name}")
+    facets = getattr(task, "facets", lambda row: {})
+    complete = getattr(task, "complete", lambda text: False)
     encoded = {row["id"]: row for row in pyarrow.parquet.read_table(tokens).to_pylist()}
     # ids are hashes, so that the first of them are an even sample and stay the same when rows are added
     rows = sorted(conversation.read(conversations), key=lambda row: row.id)[: params.evaluate.rows]
     model = load_model(folder, machine.device, machine.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    losses = row_losses(model, [encoded[row.id] for row in rows], machine.tokens_per_pack)
+    # without gradients to keep, more fit at once, and what rows share is computed less often
+    losses = row_losses(model, [encoded[row.id] for row in rows], 8 * machine.tokens_per_pack)
     stops = model.generation_config.eos_token_id
     model.set_attn_implementation(attention_for_generation(model))
     generating = time.monotonic()
@@ -47,6 +50,7 @@ def main(arguments: list[str]) -> None:
             {stops} if isinstance(stops, int) else set(stops),
             params.evaluate.max_new_tokens,
             machine.rows_per_batch,
+            complete=lambda tokens: complete(tokenizer.decode(tokens, skip_special_tokens=True)),
             on_batch=bar.update,
         )
     generated = time.monotonic()
@@ -63,6 +67,7 @@ def main(arguments: list[str]) -> None:
                 "answer": text,
                 "stopped": answer.stopped,
                 "scores": score,
+                "facets": facets(row),
                 "group": row.groups[params.prepare.group_by],
                 "nats": losses[row.id][0],
                 "tokens": losses[row.id][1],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LOWER_IS_BETTER = ("loss",)
 RESAMPLES = 10_000
 AT_ONCE = 2_000_000  # counts held at a time
 CONFIDENCE = 0.95
@@ -70,6 +71,13 @@ def difference(before: Score, after: Score, seed: int = 0) -> Difference:
     first, second = _resampled([sums, later], weights, seed)
     low, high = _percentiles(second - first)
     return Difference(after.mean - before.mean, low, high, sign_flip(later - sums))
+
+
+def verdict(name: str, found: Difference) -> str:
+    """`noise`, or whether the score of that name got `better` or `worse`."""
+    if found.is_noise:
+        return "noise"
+    return "better" if (found.mean < 0) == (name in LOWER_IS_BETTER) else "worse"
 
 
 def sign_flip(differences: np.ndarray) -> float:

@@ -2,7 +2,8 @@
 
     python -m stages.report metrics/data.json metrics/tokens.json metrics/train.json metrics/loss.csv \\
         metrics/merge.json data/answers/base.jsonl data/answers/few_shot.jsonl data/answers/tuned.jsonl \\
-        models/base/provenance.json data/raw/provenance.json metrics/report.html metrics/comparison.json
+        models/base/provenance.json data/raw/provenance.json metrics/report.html \\
+        metrics/comparison.json metrics/facets.csv
 
 The page has no script, loads nothing and bears no date: the same inputs give the same bytes.
 """
@@ -30,8 +31,9 @@ from stages.params import Params, load
 from stages.refusal import Refusal, run
 
 EXAMPLES = 4  # of each kind
+RIGHT = "Right before and after"  # of which none is shown
 INK = "#808081"  # stands for the page's own text colour, light or dark, until the SVG is written
-NATS = ("loss",)  # scores that are not shares, and better when they are smaller
+NATS = ("loss",)  # scores that are not shares
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,7 @@ def compare(base: list[dict], few_shot: list[dict], tuned: list[dict]) -> dict[s
             one[model] = {"mean": of[name].mean, "low": low, "high": high}
         for model in ("base", "few_shot"):
             gain = noise.difference(scores[model][name], after)
-            better = (gain.mean < 0) == (name in NATS)
-            verdict = "noise" if gain.is_noise else "better" if better else "worse"
-            one[f"over_{model}"] = {**vars(gain), "verdict": verdict}
+            one[f"over_{model}"] = {**vars(gain), "verdict": noise.verdict(name, gain)}
         found[name] = {
             key: {k: round(v, 6) if isinstance(v, float) else v for k, v in part.items()} for key, part in one.items()
         }
@@ -96,15 +96,36 @@ def compare(base: list[dict], few_shot: list[dict], tuned: list[dict]) -> dict[s
 
 
 def kinds(examples: list[Example], headline: str) -> list[Kind]:
-    """Every test row under what tuning did to its `headline` score: 0 is wrong, 1 is right."""
-    rows: dict[str, list[Example]] = {"Fixed": [], "Broken": [], "Still wrong": [], "Right before and after": []}
-    for example in examples:
-        before, after = example.base["scores"][headline], example.tuned["scores"][headline]
+    """Every test row under what tuning did to its `headline` score: 0 is wrong, 1 is right; of scores between, more
+    is better."""
+    scores = [(row.base["scores"][headline], row.tuned["scores"][headline]) for row in examples]
+    fixed, broken, wrong = "Fixed", "Broken", "Still wrong"
+    if any(0 < value < 1 for pair in scores for value in pair):
+        fixed, broken, wrong = "Better", "Worse", "Neither better nor worse"
+    rows: dict[str, list[Example]] = {fixed: [], broken: [], wrong: [], RIGHT: []}
+    for example, (before, after) in zip(examples, scores, strict=True):
         if after != before:
-            rows["Fixed" if after > before else "Broken"].append(example)
+            rows[fixed if after > before else broken].append(example)
         else:
-            rows["Still wrong" if after < 1 else "Right before and after"].append(example)
+            rows[wrong if after < 1 else RIGHT].append(example)
     return [Kind(title, len(found), found[:EXAMPLES]) for title, found in rows.items()]
+
+
+def by_facet(answers: dict[str, list[dict]], headline: str, facets: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+    """For all rows, and for each class of each facet that has rows: how many there are, and each model's mean
+    `headline` score on them."""
+    first = next(iter(answers.values()))
+    classes = {("", "all"): list(range(len(first)))}
+    for facet, names in facets.items():
+        for name in names:
+            classes[facet, name] = [i for i, row in enumerate(first) if row["facets"].get(facet) == name]
+    found = []
+    for (facet, name), places in classes.items():
+        if places:
+            means = {model: sum(rows[i]["scores"][headline] for i in places) for model, rows in answers.items()}
+            means = {model: round(total / len(places), 6) for model, total in means.items()}
+            found.append({"facet": facet, "class": name, "rows": len(places), **means})
+    return found
 
 
 def read_curve(path: Path, column: str) -> tuple[list[int], list[float]]:
@@ -168,10 +189,11 @@ def score(value: float, name: str, signed: bool = False) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    *inputs, out, comparison_out = (Path(argument) for argument in arguments)
+    *inputs, out, comparison_out, facets_out = (Path(argument) for argument in arguments)
     data, tokens, train, curve, merge, *answers, model_origin, data_origin = inputs
     params = load()
-    headline = importlib.import_module(f"stages.tasks.{params.task.name}").HEADLINE
+    task = importlib.import_module(f"stages.tasks.{params.task.name}")
+    headline = task.HEADLINE
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -179,15 +201,19 @@ def main(arguments: list[str]) -> None:
     templates.filters.update(score=score, words=lambda name: name.replace("_", " "))
     base, few_shot, tuned = read_answers(answers)
     comparison = compare(base, few_shot, tuned)
+    classes = getattr(task, "FACETS", {})
+    facets = by_facet({"base": base, "few_shot": few_shot, "tuned": tuned}, headline, classes)
     page = templates.get_template("report.html.jinja").render(
         **{path.stem: read(path) for path in (data, tokens, train, merge)},
         comparison=comparison,
+        facets=facets,
         rows=len(tuned),
         groups=len({row["group"] for row in tuned}),
         shots=params.evaluate.shots,
         task=params.task.name,
         headline=headline,
         curve=draw(curve),
+        right=RIGHT,
         kinds=kinds(list(map(Example, base, tuned)), headline),
         sides=SIDES,
         model_origin=read(model_origin),
@@ -198,6 +224,10 @@ def main(arguments: list[str]) -> None:
     with new_file(out) as partial:
         partial.write_text(page, encoding="utf-8")
     write_json(comparison_out, comparison)
+    with new_file(facets_out) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(facets[0]))
+        writer.writeheader()
+        writer.writerows(facets)
 
 
 if __name__ == "__main__":

@@ -54,9 +54,18 @@ def test_every_test_row_has_its_answer_beside_its_reference(stage):
 
 def test_the_metrics_have_their_names_and_are_the_answers_means(stage):
     answers, metrics = stage()
-    assert list(metrics) == ["rows", "right_form", "right_author", "exact_match", "stop_rate", "loss", "perplexity"]
+    assert list(metrics) == [
+        "rows",
+        "right_form",
+        "right_author",
+        "chrf",
+        "exact_match",
+        "stop_rate",
+        "loss",
+        "perplexity",
+    ]
     assert metrics["stop_rate"] == round(sum(answer["stopped"] for answer in answers) / len(answers), 6)
-    for name in ("right_form", "right_author", "exact_match"):
+    for name in ("right_form", "right_author", "chrf", "exact_match"):
         assert metrics[name] == round(sum(answer["scores"][name] for answer in answers) / len(answers), 6)
     assert list(json.loads(Path("metrics/timing.json").read_text())) == ["evaluate_base"]
 

@@ -111,3 +111,8 @@ def test_a_beginning_that_all_prompts_share_is_computed_once_and_changes_no_answ
     assert found == one_at_a_time(model, longer, stops, NEW)
     assert computed[0].tolist() == [beginning]
     assert all(ids.shape[1] <= 2 * len(prompts[1]) for ids in computed[1:])
+
+
+def test_an_answer_that_is_complete_ends_there_and_has_not_stopped(model, prompts, unstopped):
+    found = generate(model, prompts, set(), NEW, 4, complete=lambda tokens: len(tokens) == 5)
+    assert found == [Answer(answer.tokens[:5], False) for answer in unstopped]

@@ -108,11 +108,13 @@ def test_every_module_that_a_stage_imports_is_among_its_deps_and_no_other(resolv
     stage = resolved[name]
     module = module_of(stage)
     reached = {module}
+    tasks = [TOP / f"stages/tasks/{task}.py" for task in TASKS]
     if 'import_module(f"stages.tasks.' in module.read_text():
-        reached.add(TOP / "stages/tasks/text_to_sql.py")
+        reached.update(tasks)
     if 'import_module(f"stages.sources.' in module.read_text():
         reached.add(TOP / "stages/sources/wheel.py")
-    assert expanded(stage["deps"]) == closure(*reached)
+    others = {str(task.relative_to(TOP)) for task in tasks[1:]}  # the default task is the first
+    assert expanded(stage["deps"]) == closure(*reached) - others
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -317,6 +319,8 @@ def test_an_experiment_with_another_lora_r_reruns_training_onward_and_going_back
     shown = pipeline.dvc("exp", "show", "--csv")
     assert "smaller" in shown and "lora.r" in shown and "execution_accuracy" in shown
     assert "trainable_parameters" in pipeline.dvc("metrics", "diff")
+    compared = pipeline.run(sys.executable, "-m", "tools.compare", "HEAD", "smaller")
+    assert re.search(r"execution_accuracy .*(noise|better|worse)\n", compared) and " rows in " in compared
     assert running(pipeline.dvc("exp", "run", "-S", "lora.r=4")) == set()
 
 

@@ -27,7 +27,7 @@ HOSTILE = [
 ]
 PATHS = [
     *("data.json", "tokens.json", "train.json", "loss.csv", "merge.json", "base.jsonl", "few_shot.jsonl"),
-    *("tuned.jsonl", "model-provenance.json", "provenance.json", "report.html", "comparison.json"),
+    *("tuned.jsonl", "model-provenance.json", "provenance.json", "report.html", "comparison.json", "facets.csv"),
 ]
 QUOTES = {"name": "quotes", "rows": "fortunes", "given_words": 5, "longest": 400}
 
@@ -55,6 +55,7 @@ def answer(identity: str, right: bool, scores: tuple[str, ...], **fields) -> dic
     plain = {"prompt": "singer(name, age)\n\nHow many singers?", "reference": "SELECT count(*) FROM singer"}
     written = {"answer": f"the answer to {identity}", "stopped": right, "scores": dict.fromkeys(scores, right)}
     written |= {"group": f"group {identity}", "nats": 2.5 if right else 15.0, "tokens": 10}
+    written["facets"] = {"difficulty": "easy" if identity < "4" else "hard"}
     return {"id": identity, "where": f"dev.json row {identity}", **plain, **written, **fields}
 
 
@@ -100,7 +101,7 @@ def make(tmp_path, monkeypatch):
 
     def make(arguments: list[str]) -> str:
         report.main(arguments)
-        return Path(arguments[-2]).read_text(encoding="utf-8")
+        return Path(arguments[-3]).read_text(encoding="utf-8")
 
     return make
 
@@ -111,7 +112,7 @@ def test_the_page_is_the_same_bytes_when_made_again_elsewhere(make, tmp_path):
     (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nfont.size: 30\n")
     surroundings = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "HOSTNAME": "elsewhere"}
     subprocess.run([sys.executable, "-m", "stages.report", *arguments], env={**os.environ, **surroundings}, check=True)
-    assert Path(arguments[-2]).read_text(encoding="utf-8") == first
+    assert Path(arguments[-3]).read_text(encoding="utf-8") == first
 
 
 def test_nothing_is_loaded_and_nothing_may_be(make, tmp_path):
@@ -229,7 +230,7 @@ def test_answers_to_different_rows_are_refused_and_the_old_page_stays(make, tmp_
     answers.write_text("".join(answers.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(Refusal, match="answer different rows"):
         make(arguments)
-    assert Path(arguments[-2]).read_text(encoding="utf-8") == before
+    assert Path(arguments[-3]).read_text(encoding="utf-8") == before
     assert not list(tmp_path.glob(".report*"))
 
 
@@ -250,3 +251,15 @@ def test_the_question_is_the_last_paragraph_that_says_something(prompt, question
 def test_the_curve_is_smoothed_over_its_neighbours():
     assert report.smoothed([4.0, 2.0, 6.0, 1.0], 1) == [3.0, 4.0, 3.0, 3.5]
     assert report.smoothed([4.0, 2.0], 0) == [4.0, 2.0]
+
+
+def test_the_score_is_shown_by_class_and_written_for_plots(make, tmp_path):
+    text = " ".join(Page(make(write_inputs(tmp_path))).text.split())
+    assert "Execution accuracy by difficulty" in text
+    assert "easy 4 50.0% 50.0% 75.0% hard 4 0.0% 0.0% 75.0%" in text
+    assert (tmp_path / "facets.csv").read_text().splitlines() == [
+        "facet,class,rows,base,few_shot,tuned",
+        ",all,8,0.25,0.25,0.75",
+        "difficulty,easy,4,0.5,0.5,0.75",
+        "difficulty,hard,4,0.0,0.0,0.75",
+    ]

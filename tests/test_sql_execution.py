@@ -13,86 +13,11 @@ import pytest
 from stages.sql import execution, worker
 from stages.sql.execution import Failure, Rows, Sandbox, Timeout, WorkerError
 from stages.sql.instances import Instance
+from tests.hostile import HOSTILE, PLACE
 
 SECONDS = 0.4
 HONEST = "SELECT COUNT(*), SUM(age), MIN(name) FROM singer"
 ANSWER = Rows([(20, 190, "n0")])
-PLACE = "/tmp/lorepro-hostile"
-
-# Rejected or ended: an error, or a timeout; never rows.
-HOSTILE = [
-    f"ATTACH DATABASE '{PLACE}.db' AS x",
-    f"VACUUM INTO '{PLACE}.vacuum'",
-    "VACUUM",
-    "PRAGMA query_only = OFF",
-    "PRAGMA writable_schema = 1",
-    "PRAGMA table_info(singer)",
-    "SELECT * FROM pragma_table_info('singer')",
-    "SELECT COUNT(*) FROM pragma_database_list",
-    "SELECT load_extension('/tmp/evil.so')",
-    "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT COUNT(*) FROM c",
-    "WITH c(x) AS (SELECT 1 UNION ALL SELECT x || x FROM c) SELECT MAX(x) FROM c",
-    "SELECT COUNT(*) FROM " + ", ".join(f"singer AS s{number}" for number in range(12)),
-    "SELECT SUM(a.age * b.age) FROM " + ", ".join(f"singer AS {name}" for name in "abcdefghi") + " ORDER BY RANDOM()",
-    "SELECT printf('%.*c', 900000000, 'x')",
-    "SELECT LENGTH(printf('%.*c', 900000000, 'x'))",
-    "SELECT format('%.*c', 900000000, 'x')",
-    "SELECT zeroblob(1000000000)",
-    "SELECT LENGTH(zeroblob(2000000000))",
-    "SELECT randomblob(1000000000)",
-    "SELECT random() FROM singer",
-    "SELECT * FROM singer ORDER BY RANDOM()",
-    "SELECT " + "(" * 5000 + "1" + ")" * 5000,
-    "SELECT " + "NOT " * 5000 + "1",
-    "SELECT '" + "x" * 5_000_000 + "'",
-    "SELECT 1 " + "UNION SELECT 1 " * 1200,
-    "DROP TABLE singer",
-    "INSERT INTO singer VALUES (99, 'evil', 1)",
-    "UPDATE singer SET age = 0",
-    "DELETE FROM singer",
-    "REPLACE INTO singer VALUES (1, 'evil', 1)",
-    "CREATE TABLE evil (x)",
-    "CREATE TEMP TABLE evil (x)",
-    "CREATE TABLE evil AS SELECT * FROM singer",
-    "CREATE VIEW evil AS SELECT 1",
-    "CREATE TRIGGER evil AFTER INSERT ON singer BEGIN SELECT 1; END",
-    f"CREATE VIRTUAL TABLE evil USING fts5(x, content='{PLACE}')",
-    "ALTER TABLE singer RENAME TO evil",
-    "REINDEX",
-    "ANALYZE",
-    "BEGIN EXCLUSIVE",
-    "COMMIT",
-    "SAVEPOINT evil",
-    "DETACH main",
-    "EXPLAIN SELECT 1",
-    "SELECT 1; DROP TABLE singer",
-    "SELECT 1; SELECT 2",
-    "WITH x AS (SELECT 1) INSERT INTO singer SELECT 99, 'evil', 1",
-    "WITH x AS (SELECT 1) DELETE FROM singer",
-    "SELECT readfile('/etc/passwd')",
-    f"SELECT writefile('{PLACE}.file', 'x')",
-    "SELECT edit('x')",
-    "SELECT fts3_tokenizer('simple')",
-    "SELECT value FROM json_each('[1,2,3]')",
-    "SELECT COUNT(*) FROM json_each('[1,2,3]')",
-    "SELECT json_group_array(name) FROM singer",
-    "SELECT COUNT(*) FROM sqlite_master",
-    "SELECT sql FROM sqlite_master",
-    "SELECT name FROM sqlite_schema",
-    "SELECT * FROM temp.sqlite_temp_master",
-    "SELECT * FROM (SELECT name FROM sqlite_master)",
-    "SELECT sqlite_version()",
-    "SELECT name FROM singer WHERE name = :name",
-    "SELECT name FROM singer\0; DROP TABLE singer",
-    "SELECT '\ud800'",
-    "",
-    ";",
-    "-- nothing",
-    # a WITH that doubles at each step: SQLite is still preparing it when the deadline comes
-    "WITH c0 AS (SELECT 1 AS x), "
-    + ", ".join(f"c{n} AS (SELECT a.x FROM c{n - 1} AS a, c{n - 1} AS b)" for n in range(1, 26))
-    + " SELECT COUNT(*) FROM c25",
-]
 
 
 @pytest.fixture(scope="module")

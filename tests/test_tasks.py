@@ -1,10 +1,12 @@
 """Each task: rows to conversations, bad rows by file, line and field, answers to scores; and a task of one's own."""
 
+import importlib
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import evaluate
 import pytest
 
 from stages import rows
@@ -69,9 +71,15 @@ def test_fortunes_are_read_and_those_without_an_author_or_too_long_are_left_out(
 )
 def test_a_quotation_is_scored_by_its_form_and_its_author(answer, form, author, exact):
     rows = list(quotes.conversations(records(EMERSON), QUOTES))
-    assert list(quotes.score(rows, [answer], QUOTES)) == [
-        {"right_form": form, "right_author": author, "exact_match": exact}
-    ]
+    (found,) = quotes.score(rows, [answer], QUOTES)
+    assert (found["right_form"], found["right_author"], found["exact_match"]) == (form, author, exact)
+
+
+def test_a_quotation_is_scored_by_how_much_of_it_is_there():
+    rows = list(quotes.conversations(records(EMERSON), QUOTES))
+    answers = [rows[0].reference, "Quote: The only way to have a friend.\nAuthor: Emerson", "Quote: x\nAuthor: y"]
+    whole, half, nothing = (score["chrf"] for score in quotes.score(rows * 3, answers, QUOTES))
+    assert whole == pytest.approx(1) and 0.3 < half < 0.8 and nothing < 0.05
 
 
 # instructions
@@ -107,7 +115,24 @@ def test_instructions_are_scored_by_the_whole_answer():
     rows = list(instructions.conversations(records({"instruction": "Add 1 and 2.", "output": "It is 3."}), alpaca()))
     scored = [next(instructions.score(rows, [answer], alpaca())) for answer in (" It is 3.\n", "It is 4.", "It i", "")]
     assert [score["exact_match"] for score in scored] == [True, False, False, False]
-    assert [score["length"] for score in scored] == [1.0, 1.0, 0.5, 0.0]
+    assert [score["length_ratio"] for score in scored] == [1.0, 1.0, 0.5, 0.0]
+    assert [round(score["rouge_l"], 3) for score in scored] == [1.0, 0.667, 0.4, 0.0]
+    assert [round(score["chrf"], 3) for score in (scored[0], scored[-1])] == [1.0, 0.0]
+
+
+def test_chinese_answers_have_a_rouge_score():
+    rows = list(instructions.conversations(records({"instruction": "翻译", "output": "你好世界"}), alpaca("chinese")))
+    assert next(instructions.score(rows, ["你好，世界"], alpaca("chinese")))["rouge_l"] == 1.0
+
+
+@pytest.mark.parametrize("task", ["quotes", "instructions", "chat"])
+def test_a_tasks_metric_is_loaded_by_its_path_and_gives_the_means_of_its_scores(task, tmp_path):
+    module = importlib.import_module(f"stages.tasks.{task}")
+    metric = evaluate.load(str(ROOT / "tools/metric.py"), task, cache_dir=str(tmp_path))
+    answers, references = ["Quote: a b\nAuthor: C", "x"], ["Quote: a b\nAuthor: C", "Quote: d e\nAuthor: F"]
+    found = metric.compute(predictions=answers, references=references)
+    rows = [module.scores(*pair) for pair in zip(answers, references, strict=True)]
+    assert found == {name: pytest.approx(sum(row[name] for row in rows) / 2) for name in rows[0]}
 
 
 # chat
@@ -218,8 +243,35 @@ HOSTILE = [
     ids=["the same", "written otherwise", "equivalent", "off by one", "wrong", "invalid", "hostile"],
 )
 def test_sql_is_right_when_it_gives_what_the_reference_gives(answers, right, valid, exact, asked):
-    expected = {"execution_accuracy": right, "valid_sql": valid, "exact_match": exact}
+    expected = {"execution_accuracy": right, "valid_sql": valid, "exact_match": exact, "empty_results": False}
     assert list(text_to_sql.score([asked] * len(answers), answers, sql())) == [expected] * len(answers)
+
+
+@pytest.mark.parametrize(
+    ("answer", "query"),
+    [
+        ("SELECT 1", "SELECT 1"),
+        (" SELECT 1\nSELECT 2\n", "SELECT 1"),
+        ("```sql\nSELECT a\nFROM t\n```\nIt selects a.", "SELECT a\nFROM t"),
+        ("```\nSELECT 1", "SELECT 1"),
+        ("```sql", ""),
+        ("", ""),
+    ],
+)
+def test_the_query_of_an_answer_is_its_fence_or_its_first_line(answer, query):
+    assert text_to_sql.query(answer) == query
+
+
+@pytest.mark.parametrize(
+    "answer", ["SELECT 1\nSELECT 2", "```sql\nSELECT a\n```\nIt selects a.", "```\nSELECT 1", "SELECT 1"]
+)
+def test_an_answer_is_complete_when_its_query_can_change_no_more(answer):
+    for end in range(len(answer)):
+        if text_to_sql.complete(answer[:end]):
+            assert text_to_sql.query(answer[:end]) == text_to_sql.query(answer)
+            break
+    else:
+        assert "\n" not in answer or answer.count("```") == 1
 
 
 def test_a_hostile_answer_leaves_the_next_ones_score_as_it_is(asked):

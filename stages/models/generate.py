@@ -103,17 +103,19 @@ def generate(
     stops: set[int],
     max_new_tokens: int,
     rows_per_batch: int,
+    complete: Callable[[list[int]], bool] = lambda tokens: False,
     on_batch: Callable[[int], None] = lambda rows: None,
 ) -> list[Answer]:
     """The most likely next token, again and again, until one of `stops`; answers in the order of `prompts`.
 
+    An answer of which `complete` says that more tokens could not change its score ends there, without having stopped.
     `on_batch` is told how many rows each finished batch held.
     """
     answers: dict[int, Answer] = {}
     beginning = _begin(model, prompts)
     tokens = PROMPT_TOKENS.get(model.device.type)
     for batch in batches([len(prompt) - beginning.tokens for prompt in prompts], rows_per_batch, tokens):
-        found = _batch(model, [prompts[i] for i in batch], beginning, stops, max_new_tokens)
+        found = _batch(model, [prompts[i] for i in batch], beginning, stops, max_new_tokens, complete)
         answers.update(zip(batch, found, strict=True))
         on_batch(len(batch))
     return [answers[i] for i in range(len(prompts))]
@@ -155,7 +157,12 @@ def _begin(model: PreTrainedModel, prompts: list[list[int]]) -> Beginning:
 
 
 def _batch(
-    model: PreTrainedModel, prompts: list[list[int]], beginning: Beginning, stops: set[int], max_new_tokens: int
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    beginning: Beginning,
+    stops: set[int],
+    max_new_tokens: int,
+    complete: Callable[[list[int]], bool],
 ) -> list[Answer]:
     device = model.device
     longest = max(map(len, prompts))
@@ -169,7 +176,7 @@ def _batch(
         ids, positions = ids[:, beginning.tokens :], positions[:, beginning.tokens :]
     terminators = torch.tensor(sorted(stops), device=device)
     tokens: list[list[int]] = [[] for _ in prompts]
-    live, stopped = list(range(len(prompts))), set()
+    live, stopped, ended = list(range(len(prompts))), set(), set()
     for _ in range(max_new_tokens):
         out = model(
             input_ids=ids,
@@ -181,11 +188,15 @@ def _batch(
         )
         chosen = out.logits[:, -1].argmax(-1)
         for row, token, stop in zip(live, chosen.tolist(), torch.isin(chosen, terminators).tolist(), strict=True):
+            if row in ended:
+                continue
             if stop:
                 stopped.add(row)
-            elif row not in stopped:
+            else:
                 tokens[row].append(token)
-        running = [i for i, row in enumerate(live) if row not in stopped]
+            if stop or complete(tokens[row]):
+                ended.add(row)
+        running = [i for i, row in enumerate(live) if row not in ended]
         if not running:
             break
         ids, positions = chosen[:, None], positions[:, -1:] + 1

@@ -9,8 +9,9 @@ from stages.conversation import Conversation, Message, conversation
 from stages.params import Section
 from stages.refusal import Refusal
 from stages.rows import Record
+from stages.scores import chrf
 
-HEADLINE = "exact_match"
+HEADLINE = "chrf"
 
 
 class Options(Section):
@@ -42,7 +43,13 @@ def conversations(files: dict[str, Iterator[Record]], _options: Options) -> Iter
         yield conversation(record.where, messages[:-1], messages[-1].content, groups)
 
 
+def scores(answer: str, reference: str) -> dict[str, float]:
+    """chrF, and whether the answer is the reference, spaces at its ends aside."""
+    answer, reference = answer.strip(), reference.strip()
+    return {"chrf": chrf(answer, reference), "exact_match": answer == reference}
+
+
 def score(conversations: list[Conversation], answers: list[str], _options: Options) -> Iterator[dict[str, Any]]:
-    """Yield whether the answer is the reference, spaces at its ends aside."""
+    """Yield the scores of each answer."""
     for row, answer in zip(conversations, answers, strict=True):
-        yield {"exact_match": answer.strip() == row.reference.strip()}
+        yield scores(answer, row.reference)

@@ -8,8 +8,9 @@ from pydantic import BaseModel
 from stages.conversation import Conversation, Message, conversation
 from stages.params import Section
 from stages.rows import Record, Text
+from stages.scores import chrf, length_ratio, rouge_l
 
-HEADLINE = "exact_match"
+HEADLINE = "rouge_l"
 HEADINGS = {
     "english": ("### Instruction:", "### Input:", "### Response:"),
     "chinese": ("### 指令:", "### 输入:", "### 回答:"),
@@ -43,8 +44,18 @@ def conversations(files: dict[str, Iterator[Record]], options: Options) -> Itera
         yield conversation(record.where, prompt, row.output.strip(), {"instruction": row.instruction.strip().lower()})
 
 
+def scores(answer: str, reference: str) -> dict[str, float]:
+    """ROUGE-L, chrF, the answer's length to the reference's, and whether they are the same."""
+    answer, reference = answer.strip(), reference.strip()
+    return {
+        "rouge_l": rouge_l(answer, reference),
+        "chrf": chrf(answer, reference),
+        "length_ratio": length_ratio(answer, reference),
+        "exact_match": answer == reference,
+    }
+
+
 def score(conversations: list[Conversation], answers: list[str], _options: Options) -> Iterator[dict[str, Any]]:
-    """Yield whether the answer is the reference, spaces at its ends aside, and its share of the reference's length."""
+    """Yield the scores of each answer."""
     for row, answer in zip(conversations, answers, strict=True):
-        length = min(1.0, len(answer.strip()) / len(row.reference))
-        yield {"exact_match": answer.strip() == row.reference, "length": length}
+        yield scores(answer, row.reference)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from stages.conversation import Conversation, Message, conversation
 from stages.params import Section
 from stages.rows import Record, Text
+from stages.scores import chrf
 
 HEADLINE = "right_author"
 SIGNED = re.compile(r"\A(?P<quote>.+?)\s*\n\s*--\s*(?P<author>[^\n]+)\s*\Z", re.DOTALL)
@@ -48,16 +49,28 @@ def conversations(files: dict[str, Iterator[Record]], options: Options) -> Itera
         given = " ".join(quote.split()[: options.given_words])
         prompt = [Message(role="user", content=f"Quote: {given}")]
         groups = {"author": author.lower(), "quote": quote.lower()}
-        yield conversation(record.where, prompt, f"Quote: {quote}\nAuthor: {author}", groups, author=author)
+        yield conversation(record.where, prompt, f"Quote: {quote}\nAuthor: {author}", groups)
+
+
+def scores(answer: str, reference: str) -> dict[str, float]:
+    """Whether the answer has the right form, and names the right author (case and spaces aside); chrF of the
+    quotation, and whether all is the reference."""
+    form, wanted = FORM.match(answer.strip()), FORM.match(reference)
+    right = bool(form) and _author(form["author"]).lower() == _author(wanted["author"]).lower()
+    quote = form["quote"] if form else answer.strip()
+    exact = answer.strip() == reference
+    return {
+        "right_form": bool(form),
+        "right_author": right,
+        "chrf": chrf(quote, wanted["quote"]),
+        "exact_match": exact,
+    }
 
 
 def score(conversations: list[Conversation], answers: list[str], _options: Options) -> Iterator[dict[str, Any]]:
-    """Yield whether the answer has the right form, and names the right author (case and spaces aside)."""
+    """Yield the scores of each answer."""
     for row, answer in zip(conversations, answers, strict=True):
-        form = FORM.match(answer.strip())
-        right = bool(form) and _author(form["author"]).lower() == row.context["author"].lower()
-        exact = answer.strip() == row.reference
-        yield {"right_form": bool(form), "right_author": right, "exact_match": exact}
+        yield scores(answer, row.reference)
 
 
 def _row(record: Record) -> Row | None:

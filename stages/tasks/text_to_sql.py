@@ -15,13 +15,15 @@ from stages.conversation import Conversation, Message, conversation
 from stages.params import Section
 from stages.refusal import Refusal
 from stages.rows import Record, Text
-from stages.sql.comparison import is_ordered, verdict
+from stages.sql.comparison import is_ordered, is_telling, verdict
+from stages.sql.difficulty import CLASSES, difficulty
 from stages.sql.execution import Rows, Sandbox
 from stages.sql.instances import Instance, fill
 from stages.sql.normal import complaint, key, normal
 from stages.sql.schema import Schema, from_ddl, from_spider
 
 HEADLINE = "execution_accuracy"
+FACETS = {"difficulty": CLASSES}
 SECONDS_A_QUERY = 2.0
 
 
@@ -105,15 +107,34 @@ def _renamed(record: Record, columns: Columns) -> Record:
     return Record(record.where, {name: record.fields[own] for name, own in names.items()})
 
 
+def query(answer: str) -> str:
+    """What of an answer is its query: the inside of its ``` fence, else its first line, as every reference is one.
+
+    A model that was not tuned writes on after its query, and would otherwise never have written one.
+    """
+    text = answer.strip()
+    if text.startswith("```"):
+        inside = text.split("\n", 1)[1] if "\n" in text else ""
+        return inside.split("```", 1)[0].strip()
+    return text.split("\n", 1)[0].strip()
+
+
+def complete(text: str) -> bool:
+    """Whether whatever comes after `text` cannot change the query that it holds."""
+    text = text.lstrip()
+    return text.count("```") > 1 if text.startswith("`") else "\n" in text
+
+
 def score(conversations: list[Conversation], answers: list[str], options: Options) -> Iterator[dict[str, Any]]:
     """Yield, for each answer: execution_accuracy, whether its result equals the reference's on every instance of the
-    schema; valid_sql, whether it ran on all of them; exact_match, whether its normal form is the reference's.
+    schema; valid_sql, whether it ran on all of them; exact_match, whether its normal form is the reference's;
+    empty_results, whether the reference shows no value on any instance, so that a wrong answer can equal it.
 
     Raises Refusal where a reference itself does not run.
     """
     databases = _databases(conversations, options)
     with Sandbox(SECONDS_A_QUERY) as sandbox:
-        for row, answer in zip(conversations, answers, strict=True):
+        for row, answer in zip(conversations, map(query, answers), strict=True):
             schema, instances = databases[_identity(row)]
             gold = sandbox.run_all(instances, row.context["gold"])
             if not all(isinstance(outcome, Rows) and not outcome.truncated for outcome in gold):
@@ -126,7 +147,13 @@ def score(conversations: list[Conversation], answers: list[str], options: Option
                 "execution_accuracy": found.right,
                 "valid_sql": found.valid,
                 "exact_match": key(answer, schema) == row.reference.lower(),
+                "empty_results": not is_telling(gold),
             }
+
+
+def facets(row: Conversation) -> dict[str, str]:
+    """The row's class of each of FACETS, by which scores are broken down."""
+    return {"difficulty": difficulty(row.context["gold"])}
 
 
 def _databases(conversations: list[Conversation], options: Options) -> dict[str, tuple[Schema, list[Instance]]]:
