@@ -49,9 +49,11 @@ def random_model(name: str, folder: Path) -> None:
         model = Gemma3ForCausalLM(config).bfloat16()
     model.generation_config.eos_token_id = 1
     model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(262144)}, unk_token="3"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1", bos_token="2").save_pretrained(folder)
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    vocabulary = [*special.values(), *(f"t{number}" for number in range(4, 262144))]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
 def ours(folder: Path, machine, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:

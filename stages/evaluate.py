@@ -38,8 +38,7 @@ def main(arguments: list[str]) -> None:
     rows = sorted(conversation.read(conversations), key=lambda row: row.id)[: params.evaluate.rows]
     model = load_model(folder, machine.device, machine.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # without gradients to keep, more fit at once, and what rows share is computed less often
-    losses = row_losses(model, [encoded[row.id] for row in rows], 8 * machine.tokens_per_pack)
+    losses = row_losses(model, [encoded[row.id] for row in rows], machine.tokens_per_pack)
     stops = model.generation_config.eos_token_id
     model.set_attn_implementation(attention_for_generation(model))
     generating = time.monotonic()
