@@ -4,6 +4,7 @@ Rows of one group (paraphrases of one question, one author's quotations) are rig
 what is drawn and what is exchanged, never single rows.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,17 +61,25 @@ def interval(score: Score, seed: int = 0) -> tuple[float, float]:
         bound = ((1 - CONFIDENCE) / 2) ** (1 / len(np.unique(score.groups)))
         return (0.0, 1 - bound) if score.mean == 0 else (bound, 1.0)
     sums, weights = score.by_group()
-    (means,) = _resampled([sums], weights, seed)
+    (means,) = _resampled([(sums, weights)], seed)
     return _percentiles(means)
 
 
 def difference(before: Score, after: Score, seed: int = 0) -> Difference:
-    """The paired difference of two scores of the same rows, in the same order."""
+    """The paired difference of two scores of the same rows, in the same order; the groups are those of `before`.
+
+    The weights may differ, as the numbers of tokens do of two tokenizers: the exact test then exchanges what each
+    group adds to the mean.
+    """
     sums, weights = before.by_group()
-    later, _ = after.by_group()
-    first, second = _resampled([sums, later], weights, seed)
+    later, later_weights = dataclasses.replace(after, groups=before.groups).by_group()
+    first, second = _resampled([(sums, weights), (later, later_weights)], seed)
     low, high = _percentiles(second - first)
-    return Difference(after.mean - before.mean, low, high, sign_flip(later - sums))
+    if np.array_equal(weights, later_weights):
+        changes = later - sums
+    else:
+        changes = later / later_weights.sum() - sums / weights.sum()
+    return Difference(after.mean - before.mean, low, high, sign_flip(changes))
 
 
 def verdict(name: str, found: Difference) -> str:
@@ -98,18 +107,18 @@ def sign_flip(differences: np.ndarray) -> float:
     return min(1.0, float(chances[sums >= abs(steps.sum())].sum()))
 
 
-def _resampled(sums: list[np.ndarray], weights: np.ndarray, seed: int) -> list[np.ndarray]:
-    """For each array of [G] sums, its mean in each of RESAMPLES draws of G groups, the same draws for all: [N]."""
+def _resampled(scores: list[tuple[np.ndarray, np.ndarray]], seed: int) -> list[np.ndarray]:
+    """For each pair of sums and weights, [G] both, the mean in each of RESAMPLES draws of G groups, the same draws
+    for all: [N]."""
     chance = np.random.default_rng(seed)
-    groups = len(weights)
-    found: list[list[np.ndarray]] = [[] for _ in sums]
+    groups = len(scores[0][0])
+    found: list[list[np.ndarray]] = [[] for _ in scores]
     left = RESAMPLES
     while left:
         draws = min(left, max(1, AT_ONCE // groups))
         counts = chance.multinomial(groups, np.full(groups, 1 / groups), size=draws)
-        total = counts @ weights
-        for kept, one in zip(found, sums, strict=True):
-            kept.append(counts @ one / total)
+        for kept, (sums, weights) in zip(found, scores, strict=True):
+            kept.append(counts @ sums / (counts @ weights))
         left -= draws
     return [np.concatenate(kept) for kept in found]
 

@@ -96,3 +96,12 @@ def test_scores_are_read_from_the_answers_that_evaluate_writes():
     ]
     found = noise.read(rows)
     assert {name: score.mean for name, score in found.items()} == {"exact_match": 0.5, "stop_rate": 1.0, "loss": 1.0}
+
+
+def test_runs_grouped_otherwise_or_counted_in_other_tokens_are_compared_row_by_row():
+    before = Score(np.array([2.0, 3.0, 4.0]), np.array([10.0, 10.0, 10.0]), np.array(["a", "a", "b"]))
+    after = Score(np.array([1.0, 2.0, 3.0]), np.array([20.0, 5.0, 5.0]), np.array(["x", "y", "z"]))
+    found = noise.difference(before, after)
+    assert found.mean == pytest.approx(1.5 - 3.0)
+    assert found.low <= found.mean <= found.high < 0
+    assert found.p == pytest.approx(0.5)  # two groups, both lower: two of four ways to give the signs
