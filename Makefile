@@ -21,14 +21,13 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 
-# --no-compile: Python compiles the few modules that are imported, as they are; all of them take half a minute more
 # touched last, so that an install that was interrupted is taken up again
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
 		{ echo "error: $(PYTHON) is not Python 3.10 to 3.13; name one that is: make PYTHON=python3.12" >&2; exit 2; }
-	@echo "installing into .venv, a minute or two, once" >&2
+	@echo "installing into .venv, about two minutes, once" >&2
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --no-compile --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 # NVIDIA's packages are left out: the build of torch that pip picks pins its own, and on a CPU there are none
