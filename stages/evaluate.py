@@ -1,12 +1,13 @@
 """A model and the test rows in; every answer beside its reference out, and its scores.
 
-    python -m stages.evaluate models/merged data/conversations/test.jsonl data/tokens/test.parquet \
-        data/answers/tuned.jsonl metrics/tuned.json
+    python -m stages.evaluate models/merged data/conversations/test.jsonl data/conversations/learned.jsonl \
+        data/tokens/test.parquet data/answers/tuned.jsonl metrics/tuned.json
 """
 
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
 
 import importlib
+import json
 import math
 import sys
 import time
@@ -26,7 +27,7 @@ from stages.refusal import run
 
 
 def main(arguments: list[str]) -> None:
-    folder, conversations, tokens, answers_file, metrics = (Path(argument) for argument in arguments)
+    folder, conversations, learned, tokens, answers_file, metrics = (Path(argument) for argument in arguments)
     params = load()
     began = time.monotonic()
     machine = resolve(params.machine)
@@ -54,7 +55,9 @@ def main(arguments: list[str]) -> None:
         )
     generated = time.monotonic()
     texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() for answer in found]
-    scores = list(task.score(rows, texts, params.task))
+    with learned.open(encoding="utf-8") as file:
+        training = [map(json.loads, file)] if getattr(task, "TRAINING", False) else []
+        scores = list(task.score(rows, texts, params.task, *training))
     write_jsonl(
         answers_file,
         (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LOWER_IS_BETTER = ("loss",)
+LOWER_IS_BETTER = ("loss", "memorised")
 RESAMPLES = 10_000
 AT_ONCE = 2_000_000  # counts held at a time
 CONFIDENCE = 0.95

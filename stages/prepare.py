@@ -100,6 +100,9 @@ def main(arguments: list[str]) -> None:
     with new_folder(out) as folder:
         for name in SIDES:
             write_jsonl(folder / f"{name}.jsonl", (c.model_dump() for c in sides[name]))
+        # empty where no score reads it: an edited training row then reruns no evaluation of the base model
+        learned = sides["train"] if getattr(task, "TRAINING", False) else []
+        write_jsonl(folder / "learned.jsonl", (c.reference for c in learned))
     sizes = {f"{name}_rows": len(sides[name]) for name in SIDES}
     groups = {f"{name}_groups": len({c.groups[params.prepare.group_by] for c in sides[name]}) for name in SIDES}
     left_out = {"duplicates": found.duplicates, "asked_twice": found.asked_twice}

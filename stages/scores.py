@@ -1,11 +1,14 @@
-"""Scores of an answer against its reference, a row at a time."""
+"""Scores of an answer against its reference, and of all answers against the training rows."""
 
 import re
+from collections.abc import Iterable
 
 from sacrebleu.metrics import CHRF
 
 # a run of letters and digits is a word; of scripts without spaces between words, each character is one
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+
+RUN = 6  # words: of quotations by authors not trained on, runs of 6 hold 0.2% of the words, of 4 hold 4%
 
 
 def chrf(answer: str, reference: str) -> float:
@@ -32,3 +35,40 @@ def rouge_l(answer: str, reference: str) -> float:
 def length_ratio(answer: str, reference: str) -> float:
     """Characters of the answer to one of the reference, which is not empty."""
     return len(answer) / len(reference)
+
+
+def memorised(answers: list[str], prompts: list[str], training: Iterable[str]) -> list[float]:
+    """The share of each answer's words that lie in a run of at least RUN words which stands in a training text, case
+    and marks aside; the words with which an answer repeats its prompt are left out.
+
+    An answer counts as copied where its words stand verbatim in the training data, as n-gram novelty (McCoy et al.
+    2023, "RAVEN") and extractable memorisation (Carlini et al. 2022, "Quantifying Memorization") have it. The latter
+    asks for 50 tokens, longer than most quotations are.
+    """
+    own = [_own_words(answer, prompt) for answer, prompt in zip(answers, prompts, strict=True)]
+    written = {run for words in own for run in _runs(words)}
+    # only what some answer holds is kept of the training texts, however many there are
+    copied = {run for text in training for run in _runs(WORDS.findall(text.lower())) if run in written}
+    return [_covered(words, copied) for words in own]
+
+
+def _own_words(answer: str, prompt: str) -> list[str]:
+    """The answer's words without those at its beginning that stand side by side in the prompt."""
+    words, asked = WORDS.findall(answer.lower()), f" {' '.join(WORDS.findall(prompt.lower()))} "
+    given = 0
+    while given < len(words) and f" {' '.join(words[: given + 1])} " in asked:
+        given += 1
+    return words[given:]
+
+
+def _runs(words: list[str]) -> list[tuple[str, ...]]:
+    return [tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1)]
+
+
+def _covered(words: list[str], copied: set[tuple[str, ...]]) -> float:
+    """The share of the words that lie in one of the runs, from 0 to 1."""
+    places: set[int] = set()
+    for start, run in enumerate(_runs(words)):
+        if run in copied:
+            places.update(range(start, start + RUN))
+    return len(places) / max(1, len(words))

@@ -13,6 +13,7 @@ from stages import encode, evaluate, prepare
 QUOTES = {"name": "quotes", "rows": "mine.jsonl", "given_words": 3, "longest": 400}
 ARGUMENTS = [
     "data/conversations/test.jsonl",
+    "data/conversations/learned.jsonl",
     "data/tokens/test.parquet",
     "data/answers/base.jsonl",
     "metrics/base.json",
@@ -60,12 +61,13 @@ def test_the_metrics_have_their_names_and_are_the_answers_means(stage):
         "right_author",
         "chrf",
         "exact_match",
+        "memorised",
         "stop_rate",
         "loss",
         "perplexity",
     ]
     assert metrics["stop_rate"] == round(sum(answer["stopped"] for answer in answers) / len(answers), 6)
-    for name in ("right_form", "right_author", "chrf", "exact_match"):
+    for name in ("right_form", "right_author", "chrf", "exact_match", "memorised"):
         assert metrics[name] == round(sum(answer["scores"][name] for answer in answers) / len(answers), 6)
     assert list(json.loads(Path("metrics/timing.json").read_text())) == ["evaluate_base"]
 
@@ -96,11 +98,11 @@ def test_the_answers_are_those_of_transformers(stage, tiny_model):
 
 def test_the_stage_writes_the_same_bytes_twice_and_in_any_batch(stage):
     stage()
-    before = [Path(name).read_bytes() for name in ARGUMENTS[2:]]
+    before = [Path(name).read_bytes() for name in ARGUMENTS[3:]]
     stage()
-    assert [Path(name).read_bytes() for name in ARGUMENTS[2:]] == before
+    assert [Path(name).read_bytes() for name in ARGUMENTS[3:]] == before
     stage(**{"machine.rows_per_batch": 3})
-    assert Path(ARGUMENTS[2]).read_bytes() == before[0]
+    assert Path(ARGUMENTS[3]).read_bytes() == before[0]
 
 
 def test_fewer_rows_are_the_first_by_their_hash(stage):
@@ -108,3 +110,12 @@ def test_fewer_rows_are_the_first_by_their_hash(stage):
     some, metrics = stage(**{"evaluate.rows": 3})
     assert metrics["rows"] == 3
     assert [answer["id"] for answer in some] == [answer["id"] for answer in whole[:3]]
+
+
+def test_what_an_answer_copies_is_looked_for_in_the_training_rows_answers(stage, monkeypatch):
+    seen = []
+    monkeypatch.setattr("stages.tasks.quotes.memorised", lambda a, p, training: seen.extend(training) or [0.5] * len(a))
+    _, metrics = stage()
+    rows = map(json.loads, Path("data/conversations/train.jsonl").read_text().splitlines())
+    assert seen == [row["messages"][-1]["content"] for row in rows] and seen
+    assert metrics["memorised"] == 0.5

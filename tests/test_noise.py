@@ -105,3 +105,11 @@ def test_runs_grouped_otherwise_or_counted_in_other_tokens_are_compared_row_by_r
     assert found.mean == pytest.approx(1.5 - 3.0)
     assert found.low <= found.mean <= found.high < 0
     assert found.p == pytest.approx(0.5)  # two groups, both lower: two of four ways to give the signs
+
+
+@pytest.mark.parametrize("name", ["loss", "memorised"])
+def test_less_of_a_loss_and_less_copied_is_better(name):
+    down = noise.Difference(-0.2, -0.3, -0.1, 0.01)
+    up = noise.Difference(0.2, 0.1, 0.3, 0.01)
+    assert [noise.verdict(name, found) for found in (down, up)] == ["better", "worse"]
+    assert [noise.verdict("chrf", found) for found in (down, up)] == ["worse", "better"]

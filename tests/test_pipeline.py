@@ -324,18 +324,30 @@ def test_an_experiment_with_another_lora_r_reruns_training_onward_and_going_back
     assert running(pipeline.dvc("exp", "run", "-S", "lora.r=4")) == set()
 
 
-def test_a_test_rows_answer_reruns_what_reads_the_test_rows_and_trains_nothing(pipeline):
+def edit_an_answer(pipeline: Clone, name: str) -> None:
+    """Give the first row of that side another answer, in the data set's own file."""
     params = load(pipeline.folder / "params.yaml")
-    tested = [json.loads(line) for line in (pipeline.folder / "data/conversations/test.jsonl").read_text().splitlines()]
-    number = int(tested[0]["where"].rsplit(" ", 1)[1]) - 1
+    split = (pipeline.folder / f"data/conversations/{name}.jsonl").read_text().splitlines()
+    number = int(json.loads(split[0])["where"].rsplit(" ", 1)[1]) - 1
     rows = [dict(row) for row in ROWS]
-    for age in range(100, 200):  # another answer is another group: one that stays in the test
+    for age in range(100, 200):  # another answer is another group: one that stays on the side
         rows[number]["sql"] = f"SELECT name FROM singer WHERE age > {age}"
         (changed,) = text_to_sql.conversations({"rows": [Record("rows.jsonl line 1", rows[number])]}, params.task)
-        if side(changed.groups["query"], params.prepare) == "test":
+        if side(changed.groups["query"], params.prepare) == name:
             break
     (pipeline.folder / "data/own/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_test_rows_answer_reruns_what_reads_the_test_rows_and_trains_nothing(pipeline):
+    edit_an_answer(pipeline, "test")
     assert pipeline.repro() == STAGES - {"download@model", "train"}
+
+
+def test_a_training_rows_answer_leaves_the_base_models_evaluation_alone_where_no_score_reads_it(pipeline):
+    edit_an_answer(pipeline, "train")
+    ran = pipeline.repro()
+    assert {"train", "merge", "evaluate@tuned", "report"} <= ran
+    assert "evaluate@base" not in ran
 
 
 def test_a_forced_rerun_leaves_the_lock_as_it_was(pipeline):

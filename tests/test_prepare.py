@@ -146,7 +146,16 @@ def test_the_stage_writes_the_same_bytes_twice(stage):
     before = {path.name: path.read_bytes() for path in Path("data/conversations").iterdir()}
     stage(lines)
     assert {path.name: path.read_bytes() for path in Path("data/conversations").iterdir()} == before
-    assert sorted(before) == ["test.jsonl", "train.jsonl", "validation.jsonl"]
+    assert sorted(before) == ["learned.jsonl", "test.jsonl", "train.jsonl", "validation.jsonl"]
+
+
+def test_the_training_rows_answers_are_set_apart_for_a_score_that_reads_them_and_for_no_other(stage, monkeypatch):
+    stage([quote(n) for n in range(100)])
+    learned = [json.loads(line) for line in Path("data/conversations/learned.jsonl").read_text().splitlines()]
+    assert learned == [c.reference for c in read(Path("data/conversations/train.jsonl"))] and learned
+    monkeypatch.setattr("stages.tasks.quotes.TRAINING", False)
+    stage([quote(n) for n in range(100)])
+    assert Path("data/conversations/learned.jsonl").read_bytes() == b""
 
 
 @pytest.mark.parametrize(

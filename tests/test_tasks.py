@@ -71,15 +71,52 @@ def test_fortunes_are_read_and_those_without_an_author_or_too_long_are_left_out(
 )
 def test_a_quotation_is_scored_by_its_form_and_its_author(answer, form, author, exact):
     rows = list(quotes.conversations(records(EMERSON), QUOTES))
-    (found,) = quotes.score(rows, [answer], QUOTES)
+    (found,) = quotes.score(rows, [answer], QUOTES, [])
     assert (found["right_form"], found["right_author"], found["exact_match"]) == (form, author, exact)
 
 
 def test_a_quotation_is_scored_by_how_much_of_it_is_there():
     rows = list(quotes.conversations(records(EMERSON), QUOTES))
     answers = [rows[0].reference, "Quote: The only way to have a friend.\nAuthor: Emerson", "Quote: x\nAuthor: y"]
-    whole, half, nothing = (score["chrf"] for score in quotes.score(rows * 3, answers, QUOTES))
+    whole, half, nothing = (score["chrf"] for score in quotes.score(rows * 3, answers, QUOTES, []))
     assert whole == pytest.approx(1) and 0.3 < half < 0.8 and nothing < 0.05
+
+
+FRIEND = "Quote: The only way to have a friend is to be one.\nAuthor: Emerson"
+LEARNED = [FRIEND, "Quote: Wit is educated insolence, and a friend is to be one that laughs.\nAuthor: Aristotle"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "share"),
+    [
+        (FRIEND, 9 / 9),  # have … one, author, Emerson: The only way to is the prompt's
+        ("The only way to have a friend is to be one.\nAuthor: Emerson", 9 / 9),
+        ("Quote: The only way to HAVE a friend -- is to be, one day, honest.\nAuthor: Mill", 7 / 11),
+        ("Quote: The only way to have a friend is to be near.\nAuthor: Emerson", 6 / 9),
+        ("Quote: The only way to have a friend is to like one.\nAuthor: Emerson", 0),  # runs of five and of three
+        ("Quote: The only way to wit is educated insolence, and a foe.\nAuthor: Emerson", 6 / 9),
+        ("Quote: The only way to", 0),
+        ("Quote: The only way", 0),
+        ("", 0),
+    ],
+)
+def test_a_quotation_is_memorised_as_far_as_its_own_words_stand_in_the_training_rows(answer, share):
+    rows = list(quotes.conversations(records(EMERSON), QUOTES))
+    (found,) = quotes.score(rows, [answer], QUOTES, iter(LEARNED))
+    assert found["memorised"] == pytest.approx(share)
+
+
+def test_a_word_of_two_copied_runs_counts_once_and_runs_of_two_rows_both_count():
+    rows = list(quotes.conversations(records(EMERSON), QUOTES))
+    both = "Quote: The only way to have a friend is to be one that laughs"
+    assert next(quotes.score(rows, [both], QUOTES, iter(LEARNED)))["memorised"] == 1
+    assert next(quotes.score(rows, [both], QUOTES, iter(LEARNED[:1])))["memorised"] == pytest.approx(7 / 9)
+
+
+def test_what_one_answer_copies_counts_for_no_other():
+    rows = list(quotes.conversations(records(EMERSON), QUOTES))
+    scored = quotes.score(rows * 3, ["It is new.", FRIEND, "Nobody has ever said this before."], QUOTES, iter(LEARNED))
+    assert [score["memorised"] for score in scored] == [0, 1, 0]
 
 
 # instructions
@@ -113,7 +150,8 @@ def test_chinese_headings():
 
 def test_instructions_are_scored_by_the_whole_answer():
     rows = list(instructions.conversations(records({"instruction": "Add 1 and 2.", "output": "It is 3."}), alpaca()))
-    scored = [next(instructions.score(rows, [answer], alpaca())) for answer in (" It is 3.\n", "It is 4.", "It i", "")]
+    answers = [" It is 3.\n", "It is 4.", "It i", ""]
+    scored = list(instructions.score(rows * 4, answers, alpaca(), []))
     assert [score["exact_match"] for score in scored] == [True, False, False, False]
     assert [score["length_ratio"] for score in scored] == [1.0, 1.0, 0.5, 0.0]
     assert [round(score["rouge_l"], 3) for score in scored] == [1.0, 0.667, 0.4, 0.0]
@@ -122,7 +160,16 @@ def test_instructions_are_scored_by_the_whole_answer():
 
 def test_chinese_answers_have_a_rouge_score():
     rows = list(instructions.conversations(records({"instruction": "翻译", "output": "你好世界"}), alpaca("chinese")))
-    assert next(instructions.score(rows, ["你好，世界"], alpaca("chinese")))["rouge_l"] == 1.0
+    assert next(instructions.score(rows, ["你好，世界"], alpaca("chinese"), []))["rouge_l"] == 1.0
+
+
+def test_instructions_and_chats_are_memorised_too_and_chinese_by_its_characters():
+    rows = list(instructions.conversations(records({"instruction": "翻译", "output": "你好世界"}), alpaca("chinese")))
+    scored = instructions.score(rows, ["学而时习之不亦说乎"], alpaca("chinese"), iter(["子曰：学而时习之，不亦乐乎？"]))
+    assert next(scored)["memorised"] == pytest.approx(7 / 9)
+    rows = list(chat.conversations(records(turns(("user", "Hi"), ("assistant", "Yes?"))), CHAT))
+    said = "Is there anything else I can do"
+    assert next(chat.score(rows, [said], CHAT, iter([f"Bye. {said} for you?"])))["memorised"] == 1
 
 
 @pytest.mark.parametrize("task", ["quotes", "instructions", "chat"])
@@ -133,6 +180,11 @@ def test_a_tasks_metric_is_loaded_by_its_path_and_gives_the_means_of_its_scores(
     found = metric.compute(predictions=answers, references=references)
     rows = [module.scores(*pair) for pair in zip(answers, references, strict=True)]
     assert found == {name: pytest.approx(sum(row[name] for row in rows) / 2) for name in rows[0]}
+    answers, training = ["Quote: a b c d e\nAuthor: F", "x"], ["Quote: z b c d e\nAuthor: F"]
+    found = metric.compute(predictions=answers, references=references, training=training)
+    assert found["memorised"] == pytest.approx((6 / 8) / 2)
+    found = metric.compute(predictions=answers, references=references, training=training, prompts=["Quote: a b", ""])
+    assert found["memorised"] == 0
 
 
 # chat
@@ -159,7 +211,8 @@ def test_a_conversation_of_several_turns_stays_as_it_is_and_ends_with_the_answer
 
 def test_a_chat_answer_is_scored_by_its_words():
     rows = list(chat.conversations(records(turns(("user", "Hi"), ("assistant", "Yes?"))), CHAT))
-    assert [next(chat.score(rows, [answer], CHAT))["exact_match"] for answer in (" Yes?\n", "No?")] == [True, False]
+    scored = list(chat.score(rows * 2, [" Yes?\n", "No?"], CHAT, []))
+    assert [score["exact_match"] for score in scored] == [True, False]
 
 
 # text_to_sql

@@ -8,5 +8,7 @@ It defines
   truth values, under the names that stand in metrics/base.json and metrics/tuned.json;
 - `HEADLINE`, the name of the score that decides.
 
+With `TRAINING = True`, `score` is given a fourth argument, the training rows' answers, to tell what was copied.
+
 Training and scoring stand in one file so that they cannot disagree about what an answer is.
 """

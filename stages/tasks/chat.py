@@ -1,6 +1,6 @@
 """Bring your own conversations: rows of `messages`, each a role and a content, the last one the assistant's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -9,9 +9,10 @@ from stages.conversation import Conversation, Message, conversation
 from stages.params import Section
 from stages.refusal import Refusal
 from stages.rows import Record
-from stages.scores import chrf
+from stages.scores import chrf, memorised
 
 HEADLINE = "chrf"
+TRAINING = True  # score is given the training rows' answers
 
 
 class Options(Section):
@@ -49,7 +50,10 @@ def scores(answer: str, reference: str) -> dict[str, float]:
     return {"chrf": chrf(answer, reference), "exact_match": answer == reference}
 
 
-def score(conversations: list[Conversation], answers: list[str], _options: Options) -> Iterator[dict[str, Any]]:
-    """Yield the scores of each answer."""
-    for row, answer in zip(conversations, answers, strict=True):
-        yield scores(answer, row.reference)
+def score(
+    conversations: list[Conversation], answers: list[str], _options: Options, training: Iterable[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the scores of each answer, and how much of it stands in the training rows' answers."""
+    copied = memorised(answers, [row.prompt[-1].content for row in conversations], training)
+    for row, answer, share in zip(conversations, answers, copied, strict=True):
+        yield {**scores(answer, row.reference), "memorised": share}

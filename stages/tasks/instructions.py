@@ -1,6 +1,6 @@
 """Alpaca's form: instruction, an input that may be empty, output; under English or Chinese headings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -8,9 +8,10 @@ from pydantic import BaseModel
 from stages.conversation import Conversation, Message, conversation
 from stages.params import Section
 from stages.rows import Record, Text
-from stages.scores import chrf, length_ratio, rouge_l
+from stages.scores import chrf, length_ratio, memorised, rouge_l
 
 HEADLINE = "rouge_l"
+TRAINING = True  # score is given the training rows' answers
 HEADINGS = {
     "english": ("### Instruction:", "### Input:", "### Response:"),
     "chinese": ("### 指令:", "### 输入:", "### 回答:"),
@@ -55,7 +56,10 @@ def scores(answer: str, reference: str) -> dict[str, float]:
     }
 
 
-def score(conversations: list[Conversation], answers: list[str], _options: Options) -> Iterator[dict[str, Any]]:
-    """Yield the scores of each answer."""
-    for row, answer in zip(conversations, answers, strict=True):
-        yield scores(answer, row.reference)
+def score(
+    conversations: list[Conversation], answers: list[str], _options: Options, training: Iterable[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the scores of each answer, and how much of it stands in the training rows' answers."""
+    copied = memorised(answers, [row.prompt[-1].content for row in conversations], training)
+    for row, answer, share in zip(conversations, answers, copied, strict=True):
+        yield {**scores(answer, row.reference), "memorised": share}

@@ -5,7 +5,7 @@ are left out. The prompt gives the quotation's first words; the answer completes
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -13,9 +13,10 @@ from pydantic import BaseModel, Field
 from stages.conversation import Conversation, Message, conversation
 from stages.params import Section
 from stages.rows import Record, Text
-from stages.scores import chrf
+from stages.scores import chrf, memorised
 
 HEADLINE = "right_author"
+TRAINING = True  # score is given the training rows' answers
 SIGNED = re.compile(r"\A(?P<quote>.+?)\s*\n\s*--\s*(?P<author>[^\n]+)\s*\Z", re.DOTALL)
 FORM = re.compile(r"\AQuote: (?P<quote>.+)\nAuthor: (?P<author>[^\n]+)\Z", re.DOTALL)
 
@@ -67,10 +68,13 @@ def scores(answer: str, reference: str) -> dict[str, float]:
     }
 
 
-def score(conversations: list[Conversation], answers: list[str], _options: Options) -> Iterator[dict[str, Any]]:
-    """Yield the scores of each answer."""
-    for row, answer in zip(conversations, answers, strict=True):
-        yield scores(answer, row.reference)
+def score(
+    conversations: list[Conversation], answers: list[str], _options: Options, training: Iterable[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the scores of each answer, and how much of it stands in the training rows' answers."""
+    copied = memorised(answers, [row.prompt[-1].content for row in conversations], training)
+    for row, answer, share in zip(conversations, answers, copied, strict=True):
+        yield {**scores(answer, row.reference), "memorised": share}
 
 
 def _row(record: Record) -> Row | None:
