@@ -21,12 +21,13 @@ from stages.refusal import Refusal, run
 
 @dataclass(frozen=True)
 class Split:
-    """Conversations by side, in the order of their source; and how many were left out, as exact duplicates, and
-    because a row on a side of more weight asks the very same."""
+    """Conversations by side, in the order of their source; how many were left out, as exact duplicates, and because a
+    row on a side of more weight asks the very same; and the refusals of those that the task could not use."""
 
     sides: dict[str, list[Conversation]]
     duplicates: int
     asked_twice: int
+    unusable: list[Refusal]
 
 
 def side(group: str, prepare: Prepare) -> str:
@@ -42,15 +43,18 @@ def _share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
 
 
-def split(conversations: Iterable[Conversation], prepare: Prepare) -> Split:
+def split(conversations: Iterable[Conversation | Refusal], prepare: Prepare) -> Split:
     """Conversations, each on its side.
 
     Two groups can hold the same prompt with different answers. It then stays where it counts most: in the test rows,
     which no row added later may change, else in the validation rows.
     """
     seen: set[str] = set()
-    kept, duplicates = [], 0
+    kept, unusable, duplicates = [], [], 0
     for conversation in conversations:
+        if isinstance(conversation, Refusal):
+            unusable.append(conversation)
+            continue
         if prepare.group_by not in conversation.groups:
             known = ", ".join(sorted(conversation.groups))
             raise Refusal(f"params.yaml: prepare.group_by is {prepare.group_by}; this task's rows group by: {known}")
@@ -70,7 +74,7 @@ def split(conversations: Iterable[Conversation], prepare: Prepare) -> Split:
     for name in reversed(SIDES):
         sides[name] = [c for c in sides[name] if c.prompt_key not in asked]
         asked |= {c.prompt_key for c in sides[name]}
-    return Split(sides, duplicates, len(kept) - sum(map(len, sides.values())))
+    return Split(sides, duplicates, len(kept) - sum(map(len, sides.values())), unusable)
 
 
 def leaks(sides: dict[str, list[Conversation]], group_by: str) -> int:
@@ -91,7 +95,8 @@ def main(arguments: list[str]) -> None:
     for name in SIDES:
         if not sides[name]:
             total = sum(map(len, sides.values()))
-            raise Refusal(f"no {name} rows out of {total}; add rows, or change the shares in prepare")
+            wrong = f"; {len(found.unusable)} are unusable, the first: {found.unusable[0]}" if found.unusable else ""
+            raise Refusal(f"no {name} rows out of {total}; add rows, or change the shares in prepare{wrong}")
     leaked = leaks(sides, params.prepare.group_by)
     if leaked:
         raise Refusal(
@@ -103,9 +108,11 @@ def main(arguments: list[str]) -> None:
         # empty where no score reads it: an edited training row then reruns no evaluation of the base model
         learned = sides["train"] if getattr(task, "TRAINING", False) else []
         write_jsonl(folder / "learned.jsonl", (c.reference for c in learned))
+        if found.unusable:
+            (folder / "unusable.txt").write_text("".join(f"{why}\n" for why in found.unusable), encoding="utf-8")
     sizes = {f"{name}_rows": len(sides[name]) for name in SIDES}
     groups = {f"{name}_groups": len({c.groups[params.prepare.group_by] for c in sides[name]}) for name in SIDES}
-    left_out = {"duplicates": found.duplicates, "asked_twice": found.asked_twice}
+    left_out = {"unusable": len(found.unusable), "duplicates": found.duplicates, "asked_twice": found.asked_twice}
     write_json(metrics, {**sizes, **groups, **left_out, "leaks": leaked})
     print(", ".join(f"{count} {name}" for name, count in {**sizes, **left_out}.items()), file=sys.stderr)
 

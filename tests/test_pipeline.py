@@ -175,7 +175,7 @@ OVERRIDES = """
 model: {fetch: {source: path, path: models/own/tiny, sha256: null}, chat_template: null}
 data: {fetch: {source: path, path: data/own/rows.jsonl, sha256: null}, license: written for this test}
 task: {name: text_to_sql, rows: rows.jsonl, schemas: null, columns: {question: question, query: sql, schema: context},
-  schema_as: ddl, instances: 2, seed: 0}
+  schema_as: ddl, instances: 2, seed: 0, unusable: refuse}
 prepare: {group_by: query, validation: 0.2, test: 0.25, rows: null, seed: 1}
 lora: {r: 4, alpha: 8, dropout: 0.0, target_modules: all-linear}
 merge: {max_shard_size: 2GB, rows: 4, max_kl: 0.5}

@@ -103,7 +103,7 @@ def write_inputs(folder: Path, task: dict | None = None, **answers_fields) -> li
     kinds = ("rows", "groups", "tokens", "supervised", "truncated", "dropped")
     counts = {f"{side}_{kind}": 1234 for side in sides for kind in kinds}
     write(folder / "tokens.json", counts)
-    write(folder / "data.json", {**counts, "duplicates": 17, "asked_twice": 3, "leaks": 0})
+    write(folder / "data.json", {**counts, "unusable": 4, "duplicates": 17, "asked_twice": 3, "leaks": 0})
     losses = {"train_loss": 0.5, "validation_loss": 0.625}
     write(folder / "train.json", {"steps": 40, "trainable_parameters": 3796992, **losses})
     write(folder / "merge.json", {"rows": 16, "greedy_agreement": 0.998, "max_kl": 0.0123, "mean_kl": 0.0004})
@@ -226,7 +226,7 @@ def test_the_science_is_told_and_the_machine_is_not(make, tmp_path):
         "lora.r 16",
         "task.columns.schema db_id",
         "CC BY-SA 4.0",
-        "17 exact duplicates were left out, and 3 rows",
+        "4 rows that the task cannot use and 17 exact duplicates were left out, and 3 rows",
         "99.8%",
         "0.01230",
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stages.sql import values
-from stages.sql.instances import MOST_ROWS, Instance, fill
+from stages.sql.instances import MOST_ROWS, Instance, fill, given
 from stages.sql.schema import Schema, from_ddl, quoted
 
 DDL = """
@@ -129,6 +129,15 @@ def test_the_same_seed_gives_the_same_rows_whatever_the_hash_seed(instances: lis
 
 def test_a_query_that_cannot_be_read_plants_nothing_and_breaks_nothing(schema: Schema):
     assert len(fill(schema, ["SELEC x", "SELECT nope FROM nowhere", "((((", ""], seed=0, count=2)) == 2
+
+
+def test_a_key_of_one_number_that_the_inserts_leave_out_is_counted_on():
+    rows = "INSERT INTO t VALUES (7, 'a'); INSERT INTO t (name) VALUES ('b'), ('c')"
+    counted = given(from_ddl(f"CREATE TABLE t (id INT PRIMARY KEY, name TEXT); {rows}"))
+    assert counted.rows == {"t": [[7, "a"], [8, "b"], [9, "c"]]}
+    for key in ("", ", PRIMARY KEY (id, name)", ", PRIMARY KEY (name)"):
+        as_they_are = given(from_ddl(f"CREATE TABLE t (id INT, name TEXT{key}); {rows}"))
+        assert as_they_are.rows == {"t": [[7, "a"], [None, "b"], [None, "c"]]}
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,15 @@ def test_create_table_statements_become_a_schema_and_inserts_are_kept():
     assert len(schema.inserts) == 1 and "R;D" in schema.inserts[0]
 
 
+def test_an_enum_is_text_and_a_view_a_comment_or_a_tables_schema_name_is_passed_over():
+    schema = from_ddl(
+        """CREATE TABLE shop.item (state ENUM('new', 'old'), size NUMBER); -- all there is
+        CREATE VIEW v AS SELECT 1; INSERT INTO shop.item VALUES ('new', 1)"""
+    )
+    assert schema.tables == {"item": {"state": "text", "size": "number"}}
+    assert schema.inserts == ["INSERT INTO item VALUES ('new', 1)"]
+
+
 @pytest.mark.parametrize("text", ["", "not sql at all (", "DROP TABLE x", "CREATE VIEW v AS SELECT 1", "SELECT 1"])
 def test_other_text_than_create_table_is_refused(text: str):
     with pytest.raises(Refusal):

@@ -233,7 +233,14 @@ ASKED = {"question": " How many singers are over 30? ", "query": "select count(*
 def sql(schemas: str | None = "tables.json", schema_as: str = "columns") -> text_to_sql.Options:
     columns = {"question": "question", "query": "query", "schema": "db_id"}
     return text_to_sql.Options(
-        name="text_to_sql", rows="dev.json", schemas=schemas, columns=columns, schema_as=schema_as, instances=4, seed=0
+        name="text_to_sql",
+        rows="dev.json",
+        schemas=schemas,
+        columns=columns,
+        schema_as=schema_as,
+        instances=4,
+        seed=0,
+        unusable="refuse",
     )
 
 

@@ -3,18 +3,20 @@
 The idea is that of test-suite accuracy (Zhong et al., 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test
 Suites"). Rows hold the literals of the gold queries and near misses of them; and for each gold query a *witness* is
 planted, rows that satisfy its conditions jointly, so that few results are empty, and beside it rows that satisfy all
-but one and miss that one by little.
+but one and miss that one by little. Rows that come with a schema, as INSERT statements, are one more instance.
 """
 
 import hashlib
 import json
 import random
+import sqlite3
 from dataclasses import dataclass
 from functools import cached_property
 
-from stages.sql import values
+from stages.refusal import Refusal
+from stages.sql import values, worker
 from stages.sql.normal import parsed
-from stages.sql.schema import Schema
+from stages.sql.schema import Schema, quoted
 from stages.sql.values import Value
 from stages.sql.witness import Witness
 
@@ -29,6 +31,8 @@ DUPLICATE_RATES = (0.15, 0.3, 0.0)
 # How often an instance is also given rows which just miss a query's conditions, room allowing.
 MISSES = 2
 DANGLING_RATE = 0.05
+# SQLite's instructions that an INSERT may take: ten thousand rows' worth, no endless SELECT.
+MOST_STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Instance:
 
 def fill(schema: Schema, queries: list[str], seed: int, count: int) -> list[Instance]:
     """`count` instances of a schema for the gold queries that are judged on them; the order of `queries` is no matter.
+    Before them, where the schema brings rows of its own, the one that they are.
 
     The same arguments give the same instances in every process. A query that sqlglot cannot read plants nothing.
     """
@@ -54,7 +59,7 @@ def fill(schema: Schema, queries: list[str], seed: int, count: int) -> list[Inst
     pools = values.pools(schema, trees)
     parents = values.parents(schema, trees)
     planted, missed = [0] * len(trees), [0] * len(trees)
-    instances = []
+    instances = [given(schema)] if schema.inserts else []
     for number in range(count):
         rng = random.Random(f"{seed}/{schema.name}/{number}")
         filling = _Filling(schema, pools, parents, rng, number)
@@ -65,6 +70,41 @@ def fill(schema: Schema, queries: list[str], seed: int, count: int) -> list[Inst
             missed[index] += filling.plant(Witness(schema, parents, trees[index], rng, near_miss=True))
         instances.append(filling.finish())
     return instances
+
+
+def given(schema: Schema) -> Instance:
+    """The instance that the schema's own INSERT statements make; raises Refusal where SQLite will not run one."""
+    database = sqlite3.connect(":memory:", isolation_level=None)
+    ddl = schema.ddl(keys=False)
+    for statement in ddl:
+        database.execute(statement)
+    worker.confine(database, writable=True)
+    database.set_progress_handler(lambda: True, MOST_STEPS)
+    try:
+        for statement in schema.inserts:
+            database.execute(statement)
+        rows = {table: list(map(list, database.execute(f"SELECT * FROM {quoted(table)}"))) for table in schema.tables}
+    except (sqlite3.Error, sqlite3.Warning) as error:
+        raise Refusal(f"the INSERT statements: SQLite says: {error}; mend them or leave the row out") from None
+    finally:
+        database.close()
+    if any(isinstance(value, bytes) for of in rows.values() for row in of for value in row):
+        raise Refusal("the INSERT statements: hold bytes, which are not compared; leave the row out")
+    for table in schema.tables:
+        _number(schema, table, rows[table])
+    return Instance(ddl, rows)
+
+
+def _number(schema: Schema, table: str, rows: list[list[Value]]) -> None:
+    """Give the rows that leave out a key of one number (SERIAL, AUTO_INCREMENT) the next ones."""
+    key = schema.primary_keys.get(table, [])
+    if len(key) != 1 or schema.tables[table][key[0]] != "number":
+        return
+    place = list(schema.tables[table]).index(key[0])
+    for row in rows:
+        if row[place] is None:
+            numbers = [other[place] for other in rows if isinstance(other[place], int)]
+            row[place] = max(numbers, default=0) + 1
 
 
 class _Filling:

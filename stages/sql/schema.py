@@ -201,7 +201,8 @@ def _refuse_twins(where: str, what: str, names: list[str]) -> None:
 def from_ddl(text: str, name: str = "") -> Schema:
     """The schema of CREATE TABLE statements as a data set's own context has them; INSERT statements are kept as text.
 
-    Raises Refusal for text that is not SQL, and for any other statement.
+    Views are passed over: a query that asks one does not run. A table's schema name ("sales.orders") is left out of
+    both. Raises Refusal for text that is not SQL, and for any other statement.
     """
     where = name or "the CREATE TABLE statements"
     tables: dict[str, dict[str, Kind]] = {}
@@ -210,11 +211,15 @@ def from_ddl(text: str, name: str = "") -> Schema:
     inserts = []
     for statement in _parsed(where, text):
         if isinstance(statement, exp.Insert):
+            for table in statement.find_all(exp.Table):
+                table.set("db", None)
             inserts.append(statement.sql(dialect="sqlite"))
+            continue
+        if isinstance(statement, exp.Create) and statement.kind == "VIEW":
             continue
         if not _creates_a_table(statement):
             what = " ".join(statement.sql(dialect="sqlite").split()[:3])
-            raise Refusal(f"{where}: {what} …: only CREATE TABLE with columns and INSERT are read; leave the row out")
+            raise Refusal(f"{where}: {what} …: only CREATE TABLE, CREATE VIEW and INSERT are read; leave the row out")
         table = statement.this.this.name
         _refuse_twins(where, "tables", [*tables, table])
         tables[table] = _columns(where, table, statement.this)
@@ -226,7 +231,9 @@ def from_ddl(text: str, name: str = "") -> Schema:
 
 def _parsed(where: str, text: str) -> list[exp.Expression]:
     try:
-        return [statement for statement in sqlglot.parse(text, dialect="sqlite") if statement is not None]
+        statements = sqlglot.parse(text, dialect="sqlite")
+        # a comment after a statement is a Semicolon
+        return [one for one in statements if one is not None and not isinstance(one, exp.Semicolon)]
     except SqlglotError as error:
         first = str(error).splitlines()[0]
         raise Refusal(f"{where}: is not SQL that can be read: {first}") from None
@@ -251,7 +258,7 @@ def _kind(declared: exp.Expression | None) -> Kind:
     words: dict[Kind, str] = {
         "boolean": "BOOL|^BIT",
         "time": "DATE|TIME|YEAR",
-        "number": "INT|REAL|FLOA|DOUB|NUM|DEC|SERIAL|MONEY",
+        "number": "INT|REAL|FLOA|DOUB|^NUM|DEC|SERIAL|MONEY",
         "text": "CHAR|CLOB|TEXT|STRING|ENUM|UUID|JSON",
     }
     return next((kind for kind, pattern in words.items() if re.search(pattern, name)), "others")

@@ -22,7 +22,7 @@ MAX_CHARACTERS = 4_000_000
 
 # sqlite3.h; Python names only some of them, and its setlimit only from 3.11.
 _OK, _DENY = 0, 1
-_READ, _SELECT, _FUNCTION = 20, 21, 31
+_INSERT, _READ, _SELECT, _FUNCTION = 18, 20, 21, 31
 _LIMITS = {
     0: 1_000_000,  # SQLITE_LIMIT_LENGTH, bytes of a text or a row
     1: 20_000,  # SQL_LENGTH
@@ -121,23 +121,28 @@ def opened(ddl: list[str], rows: dict[str, list[list]]) -> sqlite3.Connection:
     return database
 
 
-def confine(database: sqlite3.Connection) -> None:
-    """Let the connection do nothing from now on but read the tables that it has, within SQLite's own limits."""
+def confine(database: sqlite3.Connection, writable: bool = False) -> None:
+    """Let the connection do nothing from now on but read the tables that it has, within SQLite's own limits; where
+    `writable`, insert rows into them too."""
     tables = {name.lower() for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     modules = {name.lower() for (name,) in database.execute("PRAGMA module_list")}
-    database.execute("PRAGMA query_only = ON")
+    if not writable:
+        database.execute("PRAGMA query_only = ON")
     if hasattr(database, "setlimit"):
         for limit, value in _LIMITS.items():
             database.setlimit(limit, value)
-    database.set_authorizer(authorizer(tables, modules))
+    database.set_authorizer(authorizer(tables, modules, writable))
 
 
-def authorizer(tables: set[str], modules: set[str]):
-    """Allow SELECT, the tables' columns and FUNCTIONS; deny all else, recursion and virtual tables too."""
+def authorizer(tables: set[str], modules: set[str], writable: bool = False):
+    """Allow SELECT, the tables' columns and FUNCTIONS; deny all else, recursion and virtual tables too, and INSERT but
+    where `writable`."""
 
     def authorize(action: int, first: str | None, second: str | None, _database: str | None, _view: str | None) -> int:
         if action == _SELECT:
             return _OK
+        if action == _INSERT:
+            return _OK if writable and (first or "").lower() in tables else _DENY
         if action == _FUNCTION:
             return _OK if (second or "").lower() in FUNCTIONS else _DENY
         if action == _READ:

@@ -3,7 +3,8 @@
 It defines
 
 - `Options`, a Section with the task's parameters, whose `files()` names the files of data/raw that it reads;
-- `conversations(files, options)`, which yields a Conversation for each row it keeps, and raises Refusal for a bad one;
+- `conversations(files, options)`, which yields a Conversation for each row it keeps, and raises Refusal for a bad one,
+  or yields the Refusal where the row is to be left out and counted;
 - `score(conversations, answers, options)`, which yields for each answer a dict of scores, numbers between 0 and 1 or
   truth values, under the names that stand in metrics/base.json and metrics/tuned.json;
 - `HEADLINE`, the name of the score that decides.

@@ -1,7 +1,7 @@
 """Questions about a database, answered in SQL; an answer is right when it gives what the reference gives, executed.
 
 Rows bring a question, a query and the name of a database whose tables stand in a file of Spider's form, or the
-database's own CREATE TABLE statements.
+database's own CREATE TABLE statements, perhaps with INSERT statements: queries are compared on those rows too.
 """
 
 import json
@@ -18,7 +18,7 @@ from stages.rows import Record, Text
 from stages.sql.comparison import is_ordered, is_telling, verdict
 from stages.sql.difficulty import CLASSES, difficulty
 from stages.sql.execution import Rows, Sandbox
-from stages.sql.instances import Instance, fill
+from stages.sql.instances import Instance, fill, given
 from stages.sql.normal import complaint, key, normal
 from stages.sql.schema import Schema, from_ddl, from_spider
 
@@ -41,6 +41,7 @@ class Options(Section):
     schema_as: Literal["columns", "ddl"]
     instances: int = Field(ge=1, le=100)
     seed: int
+    unusable: Literal["refuse", "drop"]
 
     def files(self) -> dict[str, str]:
         return {"rows": self.rows} | ({"schemas": self.schemas} if self.schemas else {})
@@ -52,8 +53,11 @@ class Row(BaseModel):
     schema_: Text = Field(alias="schema")
 
 
-def conversations(files: dict[str, Iterator[Record]], options: Options) -> Iterator[Conversation]:
-    """Yield a conversation for each row: the schema and the question, answered by the query in its normal form."""
+def conversations(files: dict[str, Iterator[Record]], options: Options) -> Iterator[Conversation | Refusal]:
+    """Yield a conversation for each row: the schema and the question, answered by the query in its normal form.
+
+    A row whose SQL SQLite cannot read or run is refused, or where `options.unusable` is drop, its Refusal yielded.
+    """
     schemas = {}
     for record in files.get("schemas", ()):
         schema = _placed(record, from_spider, record.fields)
@@ -62,31 +66,37 @@ def conversations(files: dict[str, Iterator[Record]], options: Options) -> Itera
         schemas[schema.name] = schema
     for record in files["rows"]:
         row = _renamed(record, options.columns).as_row(Row)
-        if options.schemas is None:
-            schema = _placed(record, from_ddl, row.schema_)
-        elif row.schema_ in schemas:
-            schema = schemas[row.schema_]
-        else:
+        if options.schemas is not None and row.schema_ not in schemas:
             raise Refusal(
                 f"{record.where}: {options.columns.schema_}: {row.schema_} is no database of {options.schemas}"
             )
-        described = schema.compact() if options.schema_as == "columns" else ";\n".join(schema.ddl())
-        wrong = complaint(row.query, schema)
-        if wrong:
-            raise Refusal(
-                f"{record.where}: {options.columns.query}: SQLite says: {wrong}; mend it or leave the row out"
-            )
-        prompt = [Message(role="user", content=f"{described}\n\n{row.question.strip()}")]
-        identity = schema.name or described
-        groups = {"query": f"{identity}: {key(row.query, schema)}", "database": identity}
-        yield conversation(
-            record.where,
-            prompt,
-            normal(row.query, schema),
-            groups,
-            gold=row.query,
-            schema=schema.model_dump(exclude_defaults=True),
-        )
+        try:
+            schema = schemas[row.schema_] if options.schemas else _placed(record, _own_schema, row.schema_)
+            found = _conversation(record.where, row, schema, options)
+        except Refusal as refusal:
+            if options.unusable == "refuse":
+                raise
+            found = refusal
+        yield found
+
+
+def _own_schema(text: str) -> Schema:
+    """The schema of a row's own statements, whose rows can be inserted."""
+    schema = from_ddl(text)
+    given(schema)
+    return schema
+
+
+def _conversation(where: str, row: Row, schema: Schema, options: Options) -> Conversation:
+    wrong = complaint(row.query, schema)
+    if wrong:
+        raise Refusal(f"{where}: {options.columns.query}: SQLite says: {wrong}; mend it or leave the row out")
+    described = schema.compact() if options.schema_as == "columns" else ";\n".join(schema.ddl())
+    prompt = [Message(role="user", content=f"{described}\n\n{row.question.strip()}")]
+    identity = schema.name or described
+    groups = {"query": f"{identity}: {key(row.query, schema)}", "database": identity}
+    context = {"gold": row.query, "schema": schema.model_dump(exclude_defaults=True)}
+    return conversation(where, prompt, normal(row.query, schema), groups, **context)
 
 
 def _placed(record: Record, read: Callable[[Any], Schema], source: Any) -> Schema:
