@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import ruamel.yaml
 
 from stages import prepare
 from stages.conversation import Conversation, read
@@ -251,6 +252,13 @@ def test_a_row_of_another_form_is_refused_even_where_unusable_ones_are_dropped(w
     del fields["sql"]
     with pytest.raises(Refusal, match=r"^gretel.jsonl line 1: (sql|query) "):
         conversations(fields | wrong, unusable="drop")
+
+
+def test_the_recipe_reads_such_rows_and_drops_what_does_not_run():
+    recipe = Path(__file__).parent.parent / "recipes/gretel.yaml"
+    task = ruamel.yaml.YAML(typ="safe", pure=True).load(recipe.read_text(encoding="utf-8"))["task"]
+    good, bad = row(*ROWS[0][:3]), row("?", *UNUSABLE[0][1:])
+    assert [type(found) for found in conversations(good, bad, **task)] == [Conversation, Refusal]
 
 
 @pytest.fixture
