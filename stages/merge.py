@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from stages import timing
-from stages.models.load import load_model, packed_logits
+from stages.models.load import load_model, packed_logits, round_to_nf4
 from stages.models.lora import load_adapter
 from stages.models.machine import resolve
 from stages.models.packs import pack
@@ -58,6 +58,14 @@ def compare(before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, 
     }
 
 
+def merge(model: PreTrainedModel, adapter: Path, quantize: str | None) -> PreTrainedModel:
+    """The plain model with the adapter's product added to its weights; with `quantize`, to the values that these had
+    while the adapter was trained on them quantized."""
+    if quantize:
+        round_to_nf4(model)
+    return load_adapter(model, adapter).merge_and_unload(safe_merge=True)
+
+
 def repair(generation: GenerationConfig) -> GenerationConfig:
     """Sampling values of a model that does not sample make transformers refuse to save it: let it sample."""
     sampling = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -75,10 +83,13 @@ def main(arguments: list[str]) -> None:
     rows = pyarrow.parquet.read_table(tokens).slice(0, params.merge.rows).to_pylist()
     # merged in the base's own format, whatever this machine computes fastest: that is what is saved
     stored = AutoConfig.from_pretrained(base, local_files_only=True).dtype or torch.bfloat16
-    tuned = load_adapter(load_model(base, machine.device, machine.dtype), adapter)
+    quantize = params.lora.quantize
+    tuned = load_adapter(load_model(base, machine.device, machine.dtype, quantize=quantize), adapter)
     before = answers_logits(tuned.get_base_model(), rows, machine.device)
     del tuned
-    merged = load_adapter(load_model(base, machine.device, stored), adapter).merge_and_unload(safe_merge=True)
+    merged = merge(
+        load_model(base, machine.device, stored), adapter, quantize if params.merge.onto == "trained" else None
+    )
     merged.generation_config = repair(GenerationConfig.from_pretrained(base, local_files_only=True))
     with new_folder(out) as folder:
         merged.save_pretrained(folder, max_shard_size=params.merge.max_shard_size)

@@ -116,6 +116,7 @@ class Lora(Section):
     alpha: Annotated[float, Field(gt=0)]
     dropout: Fraction
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+    quantize: Literal["nf4"] | None
 
 
 class Train(Section):
@@ -132,6 +133,7 @@ class Train(Section):
 
 
 class Merge(Section):
+    onto: Literal["trained", "stored"]
     max_shard_size: Annotated[str, AfterValidator(_size)]
     rows: Count
     max_kl: Annotated[float, Field(gt=0)]

@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from stages import timing
+from stages.models.graphs import Graphs, compile_pieces
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.lora import add_adapters, fuse, save_adapter
 from stages.models.machine import Resolved, resolve
@@ -63,6 +64,9 @@ class Trainer(SFTTrainer):
         """What the Trainer saves on its own account goes to `scratch`."""
         self.rows, self.validation_rows = rows, validation_rows
         self.tokens_per_pack = machine.tokens_per_pack
+        self.graphs = None
+        if machine.device == "cuda":
+            self.graphs = Graphs(model.get_base_model(), rows)
         self.history: list[dict] = []
         self.watch = Watch(self)
         planned = schedule(rows, train.batch_size, train.epochs, train.seed, train.order)
@@ -96,16 +100,23 @@ class Trainer(SFTTrainer):
         self.step_now = step
         total = torch.zeros((), device=self.args.device)
         for piece in step.packs:
-            loss = pack_loss(model.get_base_model(), piece.to(self.args.device)) / step.supervised
+            loss = pack_loss(model.get_base_model(), piece, self.graphs) / step.supervised
             self.accelerator.backward(loss)
             total += loss.detach()
+        self.loss_now = total
         return total
+
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        norm = super()._clip_grad_norm(model)
+        self.watch.record(self.step_now, self.loss_now, norm, self.optimizer.param_groups[0]["lr"])
+        return norm
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # counted nowhere: the Trainer's own count takes padded batches
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """The mean loss, in nats a supervised token, of all validation rows."""
+        self.watch.read_all()
         self.model.eval()
         losses = row_losses(self.model.get_base_model(), self.validation_rows, self.tokens_per_pack)
         loss = mean_loss(losses.values())
@@ -117,45 +128,63 @@ class Trainer(SFTTrainer):
         return metrics
 
 
+BEHIND = {"cpu": 0, "cuda": 2}  # steps that are not read yet
+
+
+@dataclass
+class Point:
+    """What a step gave, still on the device: reading it there and then would let a GPU wait for the next step."""
+
+    number: int
+    step: Step
+    loss: torch.Tensor
+    norm: torch.Tensor
+    learning_rate: float
+
+
 class Watch(TrainerCallback):
     """The progress line, the loss curve, and the stop at what is not finite."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
+        self.unread: list[Point] = []
         self.tokens = 0
-        self.seconds: list[float] = []
 
     def on_train_begin(self, args, state, control, **_):
         self.bar = tqdm(total=state.max_steps, unit="step", file=sys.stderr, mininterval=1.0, dynamic_ncols=True)
-        self.began = self.last = time.monotonic()
+        self.began = self.ended = time.monotonic()
 
-    def on_pre_optimizer_step(self, args, state, control, **_):
-        """Refuse to step on gradients that are not finite: clipping has turned one bad one into all."""
-        norms = [p.grad.norm() for p in self.trainer.model.parameters() if p.grad is not None]
-        if not norms or not torch.stack(norms).norm().isfinite():
-            rows = ", ".join(self.trainer.step_now.rows)
-            raise Refusal(f"step {state.global_step + 1}: the gradient is not finite, on rows {rows}; {ADVICE}")
+    def record(self, step: Step, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float) -> None:
+        """Take what the step gave, before the optimizer's step; refuse earlier ones that were not finite."""
+        number = self.trainer.state.global_step + 1
+        self.unread.append(Point(number, step, loss, norm, learning_rate))
+        self._read(BEHIND[loss.device.type])
 
-    def on_log(self, args, state, control, logs, **_):
-        if "loss" not in logs:
-            return
-        now = time.monotonic()
-        step = self.trainer.step_now
-        if not math.isfinite(logs["loss"]):
-            raise Refusal(
-                f"step {state.global_step}: the loss is {logs['loss']}, on rows {', '.join(step.rows)}; {ADVICE}"
-            )
-        self.tokens += step.tokens
-        self.seconds.append(now - self.last)
-        self.last = now
-        point = {"step": state.global_step, "loss": logs["loss"], "gradient_norm": float(logs["grad_norm"])}
-        self.trainer.history.append({**point, "learning_rate": logs["learning_rate"]})
-        rate = self.tokens / (now - self.began)
-        figures = f"loss {logs['loss']:.3f}, {rate:.0f} tokens/s, {memory_gib(args.device):.1f} GiB"
-        self.bar.set_postfix_str(figures, refresh=False)
-        self.bar.update(1)
+    def read_all(self) -> None:
+        self._read(0)
+
+    def _read(self, behind: int) -> None:
+        while len(self.unread) > behind:
+            point = self.unread.pop(0)
+            loss, norm = float(point.loss), float(point.norm)
+            for name, value in (("gradient", norm), ("loss", loss)):
+                if not math.isfinite(value):
+                    rows = ", ".join(point.step.rows)
+                    raise Refusal(f"step {point.number}: the {name} is not finite, on rows {rows}; {ADVICE}")
+            found = {"step": point.number, "loss": loss, "gradient_norm": norm, "learning_rate": point.learning_rate}
+            self.trainer.history.append(found)
+            self.tokens += point.step.tokens
+            self.ended = time.monotonic()
+            rate, memory = self.tokens_per_second, memory_gib(self.trainer.args.device)
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} tokens/s, {memory:.1f} GiB", refresh=False)
+            self.bar.update(1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(1e-9, self.ended - self.began)
 
     def on_train_end(self, args, state, control, **_):
+        self.read_all()
         self.bar.close()
 
 
@@ -182,14 +211,14 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
         warmup_steps=math.ceil(train.warmup_ratio * steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if machine.device == "cuda" else "adamw_torch",
         seed=train.seed,
         bf16=False,  # the model is in its format already; autocast would cast every weight again
         use_cpu=machine.device == "cpu",
         eval_strategy="steps",
         eval_steps=max(1, math.ceil(steps / train.validations)),
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would log an older loss in place of one that is not finite
+        logging_strategy="no",  # Watch reads what a step gave
+        logging_nan_inf_filter=False,  # it would wait for each step's loss
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -216,8 +245,12 @@ def main(arguments: list[str]) -> None:
     began = time.monotonic()
     machine = resolve(params.machine)
     rows, validation_rows = (pyarrow.parquet.read_table(path).to_pylist() for path in (train_tokens, validation_tokens))
-    model = add_adapters(load_model(base, machine.device, machine.dtype), params.lora, params.train.seed)
+    model = add_adapters(
+        load_model(base, machine.device, machine.dtype, quantize=params.lora.quantize), params.lora, params.train.seed
+    )
     fuse(model)
+    if machine.device == "cuda":
+        compile_pieces(model.get_base_model())
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(model, tokenizer, params.train, machine, rows, validation_rows, scratch)
@@ -244,7 +277,7 @@ def main(arguments: list[str]) -> None:
     timing.record(
         "train",
         seconds=round(time.monotonic() - began, 1),
-        tokens_per_second=round(watch.tokens / sum(watch.seconds), 1),
+        tokens_per_second=round(watch.tokens_per_second, 1),
         peak_gib=round(memory_gib(trainer.args.device), 2),
         device=machine.device,
         dtype=str(machine.dtype).removeprefix("torch."),

@@ -16,7 +16,7 @@ from stages.models.lora import add_adapters, load_adapter, save_adapter
 from stages.params import Lora
 from stages.refusal import Refusal
 
-LORA = Lora(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
+LORA = Lora(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", quantize=None)
 MACHINE = {"device": "cpu", "dtype": "float32", "tokens_per_pack": 64, "rows_per_batch": 4}
 
 
@@ -172,3 +172,25 @@ def test_shards_are_no_larger_than_asked(stage):
     index = json.loads(Path("models/merged/model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
     assert logits(AutoModelForCausalLM.from_pretrained("models/merged", local_files_only=True)).isfinite().all()
+
+
+def test_an_adapter_trained_on_4_bit_values_is_merged_onto_those_and_agrees(stage):
+    model = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
+    model.save_pretrained("base")
+    found = stage(**{"lora.quantize": "nf4", "merge.max_kl": 1e-4})
+    assert (found["greedy_agreement"], found["max_kl"] < 1e-4) == (1.0, True)
+
+
+def test_merged_onto_the_stored_weights_it_is_further_from_the_model_that_was_trained(stage):
+    onto_trained = stage(**{"lora.quantize": "nf4"})
+    onto_stored = stage(**{"lora.quantize": "nf4", "merge.onto": "stored", "merge.max_kl": 100.0})
+    assert onto_stored["mean_kl"] > 10 * onto_trained["mean_kl"]
+
+
+def test_4_bit_values_are_sixteen_to_a_block_and_leave_head_and_embedding_alone(tiny_model):
+    plain, rounded = (load_model(tiny_model, "cpu", torch.float32, quantize=q) for q in (None, "nf4"))
+    weight = rounded.model.layers[0].mlp.gate_proj.weight
+    assert all(len(block.unique()) <= 16 for block in weight.reshape(-1, 64))
+    assert not torch.equal(weight, plain.model.layers[0].mlp.gate_proj.weight)
+    assert torch.equal(rounded.lm_head.weight, plain.lm_head.weight)
+    assert torch.equal(rounded.model.embed_tokens.weight, plain.model.embed_tokens.weight)

@@ -1,5 +1,7 @@
 """Packed rows: nothing lost, nothing seen across rows, the same loss and gradients as one row at a time."""
 
+import dataclasses
+import itertools
 import random
 
 import pytest
@@ -14,9 +16,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from stages.models.graphs import size_of
 from stages.models.load import mean_loss, pack_loss, packed_logits, row_losses
 from stages.models.loss import head_loss
-from stages.models.packs import IGNORED, SHARED_AT_LEAST, pack
+from stages.models.packs import IGNORED, SHARED_AT_LEAST, Sight, pack, padded, sight
 from stages.models.schedule import schedule
 
 SIZES = {
@@ -203,3 +206,59 @@ def test_shared_order_puts_rows_that_begin_alike_into_one_step():
         return sum(p.input_ids.numel() for step in steps for p in pack([rows()[i] for i in step], 10_000))
 
     assert computed("shared") < computed("shuffled")
+
+
+def flash(query, key, value, queries, keys, *_most, scale=None, window_size=(-1, 0), **_):
+    """What varlen_attn computes on a GPU, segment by segment. query: [T, H, D]; key, value: [K, G, D]."""
+    out = torch.zeros_like(query)
+    for q_start, q_end, k_start, k_end in zip(queries, queries[1:], keys, keys[1:], strict=True):
+        q, k, v = query[q_start:q_end], key[k_start:k_end], value[k_start:k_end]
+        ahead = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+        seen = (ahead >= 0) & ((ahead <= window_size[0]) | (window_size[0] < 0))
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        made = F.scaled_dot_product_attention(q[None], k[None], v[None], seen, scale=scale, enable_gqa=True)
+        out[q_start:q_end] = made[0].transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+@pytest.mark.parametrize("tokens", [80, 10_000])
+def test_packs_as_a_gpus_attention_takes_them_give_the_same_hidden_states(family, tokens, monkeypatch):
+    monkeypatch.setattr("stages.models.attention.varlen_attn", flash)
+    model = FAMILIES[family]().eval()
+    for piece in pack(rows(), tokens):
+        expected = packed_logits(model, piece, slice(None))
+        found = packed_logits(model, dataclasses.replace(piece, sight=sight(piece.segments)), slice(None))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pack_padded_to_a_fixed_size_gives_the_same_hidden_states(monkeypatch):
+    monkeypatch.setattr("stages.models.attention.varlen_attn", flash)
+    model = FAMILIES["gemma3"]().eval()
+    for piece in pack(rows(), 400):
+        longest = max(segment.end - segment.start + segment.shared_end for segment in piece.segments)
+        ids, positions, *bounds = padded(piece, 512, 60, 2048, longest)
+        assert ids.shape == positions.shape == (1, 512)
+        assert [len(x) for x in bounds] == [61, 61, 2048][: len(bounds)]
+        laid = Sight(*bounds[:2], bounds[2] if len(bounds) == 3 else None, longest, longest)
+        whole = dataclasses.replace(piece, input_ids=ids, position_ids=positions, sight=laid)
+        found = packed_logits(model, whole, slice(0, len(piece)))
+        torch.testing.assert_close(found, packed_logits(model, piece, slice(None)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pack_that_does_not_fit_the_fixed_size_is_not_padded():
+    (piece,) = pack(rows(), 10_000)
+    shared = sum(segment.end - segment.start + segment.shared_end - segment.shared_start for segment in piece.segments)
+    longest = max(segment.end for segment in piece.segments)
+    assert padded(piece, 2048, len(piece.segments) - 1, 10_000, longest) is None
+    assert padded(piece, 2048, 100, shared - 1, longest) is None
+    assert padded(piece, 2048, 100, 10_000, 20) is None
+    assert padded(piece, 2048, 100, 10_000, longest) is not None
+
+
+def test_sizes_grow_by_an_eighth_at_most_where_packs_are_large():
+    sizes = sorted({size_of(tokens) for tokens in range(1, 40_000)})
+    assert sizes[:4] == [256, 512, 768, 1024]
+    assert all(size_of(size) == size for size in sizes)
+    assert all(size_of(tokens) >= tokens for tokens in range(1, 40_000))
+    assert all(after <= before * 1.125 for before, after in itertools.pairwise(sizes) if before >= 2048)

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from stages import train
 from stages.encode import SCHEMA
 from stages.models.load import load_model, pack_loss
-from stages.models.lora import add_adapters, fuse
+from stages.models.lora import _FusedLora, _WideLora, add_adapters, fuse
 from stages.models.packs import IGNORED, pack
 from stages.params import Lora
 from stages.refusal import Refusal
 
-LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
+LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear", "quantize": None}
 
 
 def write_tokens(path, count: int, seed: int) -> list[dict]:
@@ -156,6 +156,28 @@ def test_the_fused_adapters_have_the_loss_and_gradients_of_pefts_own(tiny_model,
     for name, gradient in plain.items():
         assert gradient.norm() > 0, name
         torch.testing.assert_close(fused[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_base_of_4_bit_values_gives_another_curve_and_an_adapter_of_the_same_form(trained):
+    plain, quantized = trained("plain"), trained("quantized", **{"lora.quantize": "nf4"})
+    assert curve(plain) != curve(quantized)
+    assert curve(quantized) == pytest.approx(curve(plain), rel=0.1)
+    plain, quantized = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (plain, quantized))
+    assert {k: v.shape for k, v in plain.items()} == {k: v.shape for k, v in quantized.items()}
+
+
+@pytest.mark.parametrize("kind", [_FusedLora, _WideLora])
+def test_the_products_of_adapted_layers_have_exact_gradients(kind):
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 5, 4), "weight": (6, 4), "down": (3, 4), "up": (6, 3)}
+    x, weight, down, up = (torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes.values())
+    trained = [x.requires_grad_(), down.requires_grad_(), up.requires_grad_()]
+    torch.testing.assert_close(kind.apply(x, weight, down, up, 0.5), x @ weight.T + 0.5 * (x @ down.T) @ up.T)
+    outer = torch.randn(2, 5, 6, generator=draw, dtype=torch.float64)
+    found = torch.autograd.grad(kind.apply(x, weight, down, up, 0.5), trained, outer)
+    expected = torch.autograd.grad(x @ weight.T + 0.5 * (x @ down.T) @ up.T, trained, outer)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-6)  # adapters' gradients are float32
 
 
 def test_adapters_with_dropout_keep_pefts_own_forward(tiny_model):

@@ -5,14 +5,18 @@ Registered with transformers on import. What sees what comes as the keyword `seg
 """
 
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from stages.models.packs import Segment
+from stages.models.packs import Segment, Sight
 
 PACKED = "packed"
+# PyTorch 2.11 takes grouped queries without being told
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def packed_attention(
@@ -22,7 +26,8 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    segments: tuple[Segment, ...],
+    segments: tuple[Segment, ...] | None = None,
+    sight: Sight | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -36,6 +41,8 @@ def packed_attention(
     scores by c·tanh(s/c) before the softmax, as Gemma 2 does.
     """
     assert attention_mask is None, "packed rows know what they see and take no mask"
+    if sight is not None:
+        return _flash(query, key, value, sight, scaling, sliding_window)[None], None
     attend = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
     if softcap is not None:
         attend = functools.partial(_softcapped, dropout_p=dropout, scale=scaling, softcap=softcap)
@@ -53,6 +60,32 @@ def packed_attention(
         else:
             parts.append(attend(q, k, v, attn_mask=seen(queries, keys, sliding_window, q.device)))
     return torch.cat(parts, dim=2).to(dtype).transpose(1, 2), None
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sight: Sight,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """The same by PyTorch's flash attention over rows of different lengths: one kernel for all segments."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if sight.index is not None:
+        key, value = key.index_select(0, sight.index), value.index_select(0, sight.index)
+    return varlen_attn(
+        query,
+        key,
+        value,
+        sight.queries,
+        sight.keys,
+        sight.most_queries,
+        sight.most_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        **GROUPED,
+    )
 
 
 @functools.lru_cache(maxsize=256)  # every layer asks for the same few

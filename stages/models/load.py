@@ -5,20 +5,37 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import transformers
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from stages.models.attention import PACKED
+from stages.models.graphs import Graphs
 from stages.models.loss import head_loss
-from stages.models.packs import IGNORED, Pack, pack
+from stages.models.packs import Pack, pack
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
-def load_model(folder: Path, device: str, dtype: torch.dtype, attention: str = PACKED) -> PreTrainedModel:
-    """The model in `folder`, in evaluation mode. Only safetensors are read and no code of the folder is run."""
-    model = AutoModelForCausalLM.from_pretrained(
+def load_model(
+    folder: Path, device: str, dtype: torch.dtype, attention: str = PACKED, quantize: str | None = None
+) -> PreTrainedModel:
+    """The model in `folder`, in evaluation mode. Only safetensors are read and no code of the folder is run.
+
+    quantize: "nf4" lets the linear layers, the head apart, hold the values of NormalFloat4 with double quantization
+    (Dettmers et al. 2023, "QLoRA"): on a GPU in 4.1 bits each, restored layer by layer; on a CPU, which has the room
+    and not the speed, restored once.
+    """
+    nf4 = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    packed = quantize == "nf4" and device == "cuda"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation=attention,
@@ -26,8 +43,20 @@ def load_model(folder: Path, device: str, dtype: torch.dtype, attention: str = P
         trust_remote_code=False,
         local_files_only=True,
         device_map={"": device},
+        quantization_config=nf4 if packed else None,
     )
+    if quantize == "nf4" and not packed:
+        round_to_nf4(model)
     return model.eval()
+
+
+@torch.no_grad()
+def round_to_nf4(model: PreTrainedModel) -> None:
+    """Give each weight of the linear layers, the head apart, the value that nf4 with double quantization keeps."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            packed, state = quantize_4bit(module.weight.data, quant_type="nf4", compress_statistics=True)
+            module.weight.copy_(dequantize_4bit(packed, state))
 
 
 def _hidden(model: PreTrainedModel, piece: Pack) -> torch.Tensor:
@@ -36,7 +65,8 @@ def _hidden(model: PreTrainedModel, piece: Pack) -> torch.Tensor:
         input_ids=piece.input_ids,
         position_ids=piece.position_ids,
         attention_mask=None,  # nor is one built for PACKED: `segments` says all there is to say
-        segments=piece.segments,
+        segments=piece.segments if piece.sight is None else None,
+        sight=piece.sight,
         use_cache=False,
     ).last_hidden_state[0]
 
@@ -45,11 +75,13 @@ def _softcap(model: PreTrainedModel) -> float | None:
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
-def pack_loss(model: PreTrainedModel, piece: Pack) -> torch.Tensor:
+def pack_loss(model: PreTrainedModel, piece: Pack, graphs: Graphs | None = None) -> torch.Tensor:
     """Sum of the cross-entropy of the pack's supervised tokens, in nats."""
-    supervised = piece.targets != IGNORED  # the head is the costliest layer: only these tokens need it
-    hidden = _hidden(model, piece)[supervised]
-    return head_loss(hidden, model.get_output_embeddings(), piece.targets[supervised], _softcap(model)).sum()
+    hidden = graphs.hidden(piece) if graphs else None
+    piece = piece.to(model.device)
+    hidden = _hidden(model, piece) if hidden is None else hidden
+    hidden = hidden.index_select(0, piece.places)  # the head is the costliest layer
+    return head_loss(hidden, model.get_output_embeddings(), piece.targets, _softcap(model)).sum()
 
 
 @torch.no_grad()
@@ -58,14 +90,12 @@ def row_losses(model: PreTrainedModel, rows: list[dict], tokens_per_pack: int) -
     nats, and how many there are."""
     found = {}
     for piece in pack(rows, tokens_per_pack):
-        supervised = piece.targets != IGNORED
         on_device = piece.to(model.device)
-        hidden = _hidden(model, on_device)[supervised.to(model.device)]
-        targets = on_device.targets[supervised.to(model.device)]
-        losses = torch.zeros(len(supervised))
-        losses[supervised] = head_loss(hidden, model.get_output_embeddings(), targets, _softcap(model)).cpu()
+        hidden = _hidden(model, on_device).index_select(0, on_device.places)
+        losses = head_loss(hidden, model.get_output_embeddings(), on_device.targets, _softcap(model)).double().cpu()
         for name, start, end in piece.rows:
-            found[name] = float(losses[start:end].double().sum()), int(supervised[start:end].sum())
+            own = slice(*torch.searchsorted(piece.places, torch.tensor([start, end])).tolist())
+            found[name] = float(losses[own].sum()), own.stop - own.start
     return found
 
 

@@ -1,19 +1,21 @@
 """The cross-entropy of the supervised tokens, without ever holding all their logits."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-TOKENS_AT_ONCE = 128  # rows of a 262,144-word vocabulary in float32 are 128 MiB
+# rows of a 262,144-word vocabulary in float32 are 1 MiB each
+TOKENS_AT_ONCE = {"cpu": 128, "cuda": 2048}
 
 
 @functools.lru_cache(maxsize=1)
-def _workspace(vocabulary: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """[TOKENS_AT_ONCE, V] in `dtype` and in float32, kept: on a CPU, getting such large tensors from the kernel anew
-    takes as long as filling them."""
-    shape = (TOKENS_AT_ONCE, vocabulary)
-    return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, device=device)
+def _workspace(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, V] in `dtype` and in float32, kept: on a CPU, getting such large tensors from the kernel anew takes as long
+    as filling them."""
+    shape = (TOKENS_AT_ONCE["cpu"], vocabulary)
+    return torch.empty(shape, dtype=dtype), torch.empty(shape)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -28,27 +30,20 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None):
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        products, scores = _workspace(len(weight), weight.dtype, weight.device)
-        for start in range(0, len(hidden), TOKENS_AT_ONCE):
-            rows = slice(start, start + TOKENS_AT_ONCE)
-            product = products[: len(hidden[rows])]
-            torch.mm(hidden[rows], weight.T, out=product)
-            logits = scores[: len(product)].copy_(product)
-            slope = None
-            if softcap is not None:
-                slope = torch.tanh(logits / softcap)
-                logits = slope * softcap
-            index = targets[rows, None]
-            chosen = logits.gather(1, index)
-            highest = logits.amax(1, keepdim=True)
-            mass = logits.sub_(highest).exp_().sum(1, keepdim=True)  # from here on `logits` holds exponentials
-            losses[rows] = (mass.log() + highest - chosen)[:, 0]
+        cuda = hidden.device.type == "cuda"
+        at_once = TOKENS_AT_ONCE[hidden.device.type]
+        for start in range(0, len(hidden), at_once):
+            rows = slice(start, start + at_once)
+            if cuda:
+                product = hidden[rows] @ weight.T
+                losses[rows] = _compiled()(product, targets[rows, None], softcap)
+            else:
+                products, scores = _workspace(len(weight), weight.dtype)
+                product = products[: len(hidden[rows])]
+                torch.mm(hidden[rows], weight.T, out=product)
+                losses[rows] = _losses(product, scores[: len(product)], targets[rows, None], softcap)
             if gradient is not None:
-                softmax = logits.div_(mass)
-                softmax.scatter_add_(1, index, -torch.ones_like(chosen))
-                if slope is not None:
-                    softmax *= 1 - slope**2
-                gradient[rows] = product.copy_(softmax) @ weight
+                gradient[rows] = product @ weight
         ctx.save_for_backward(gradient)
         return losses
 
@@ -56,6 +51,45 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, outer: torch.Tensor):
         (gradient,) = ctx.saved_tensors
         return (gradient * outer[:, None]).to(gradient.dtype), None, None, None
+
+
+def _losses(product: torch.Tensor, logits: torch.Tensor, index: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """[N], each token's loss; `product`, its scores [N, V], becomes the loss's gradient by them. index: [N, 1];
+    logits: [N, V], float32, is overwritten."""
+    logits.copy_(product)
+    slope = None
+    if softcap is not None:
+        slope = torch.tanh(logits / softcap)
+        logits = slope * softcap
+    chosen = logits.gather(1, index)
+    highest = logits.amax(1, keepdim=True)
+    mass = logits.sub_(highest).exp_().sum(1, keepdim=True)  # from here on `logits` holds exponentials
+    softmax = logits.div_(mass)
+    softmax.scatter_add_(1, index, -torch.ones_like(chosen))
+    if slope is not None:
+        softmax *= 1 - slope**2
+    product.copy_(softmax)
+    return (mass.log() + highest - chosen)[:, 0]
+
+
+@functools.cache
+def _compiled() -> Callable[[torch.Tensor, torch.Tensor, float | None], torch.Tensor]:
+    """`_losses` for a GPU, where the passes over [N, V] are what costs: compiled, they are two reads and a write."""
+
+    def losses(product: torch.Tensor, index: torch.Tensor, softcap: float | None) -> torch.Tensor:
+        logits = product.float()
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        mass = logits.logsumexp(1, keepdim=True)
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        gradient = (logits - mass).exp() - (columns == index).float()
+        if softcap is not None:
+            gradient = gradient * (1 - (logits / softcap) ** 2)
+        found = (mass - logits.gather(1, index))[:, 0]
+        product.copy_(gradient)
+        return found
+
+    return torch.compile(losses, dynamic=True)
 
 
 def head_loss(

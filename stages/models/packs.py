@@ -6,15 +6,32 @@ gradients are those of the rows one by one.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 IGNORED = -100
 # A beginning shorter than this is not worth a cut: each cut costs a call of attention in every layer.
 SHARED_AT_LEAST = 32
+
+
+class Sight(NamedTuple):
+    """What each of S segments sees, as flash attention takes it: segment i's queries are the pack's tokens
+    queries[i]..queries[i + 1]; its keys are index[keys[i]]..index[keys[i + 1]], or those tokens themselves where no
+    segment shares any (index: None). The last query stands at the last key.
+
+    queries, keys: int32 [S + 1]; index: int64 [K]; most_queries, most_keys: of one segment.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    index: torch.Tensor | None
+    most_queries: int
+    most_keys: int
 
 
 class Segment(NamedTuple):
@@ -30,26 +47,41 @@ class Segment(NamedTuple):
 class Pack:
     """Rows end to end, T tokens to compute.
 
-    input_ids, position_ids: [1, T], positions counting from each row's beginning; targets: [T], the token that should
-    follow each token, IGNORED where that is not supervised; rows: each row's id with the start and end of what is its
-    own; row_tokens: the rows' tokens, shared ones counted for each.
+    input_ids, position_ids: [1, T], positions counting from each row's beginning; places: [N], those of the tokens
+    whose next one is supervised; targets: [N], that next one; rows: each row's id with the start and end of what is
+    its own; row_tokens: the rows' tokens, shared ones counted for each; sight: on a GPU, the segments as its
+    attention takes them.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    places: torch.Tensor
     targets: torch.Tensor
     segments: tuple[Segment, ...]
     rows: tuple[tuple[str, int, int], ...]
     row_tokens: int
+    sight: Sight | None = None
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[1]
 
     @property
     def supervised(self) -> int:
         """How many tokens the loss counts."""
-        return int((self.targets != IGNORED).sum())
+        return len(self.targets)
 
     def to(self, device: torch.device | str) -> "Pack":
-        input_ids, position_ids, targets = (x.to(device) for x in (self.input_ids, self.position_ids, self.targets))
-        return dataclasses.replace(self, input_ids=input_ids, position_ids=position_ids, targets=targets)
+        """The pack on that device, nothing waited for."""
+        if torch.device(device).type == "cpu":
+            return self
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        names = ("input_ids", "position_ids", "places", "targets")
+        seen = sight(self.segments)
+        seen = Sight(*(moved(value) if isinstance(value, torch.Tensor) else value for value in seen))
+        return dataclasses.replace(self, **{name: moved(getattr(self, name)) for name in names}, sight=seen)
 
 
 @dataclass
@@ -110,6 +142,36 @@ def common(one: dict, other: dict) -> int:
     return max(0, length - 1)
 
 
+def sight(segments: tuple[Segment, ...]) -> Sight:
+    """What the segments see, on the CPU."""
+    shared = [segment.shared_end - segment.shared_start for segment in segments]
+    own = [segment.end - segment.start for segment in segments]
+    seen = [a + b for a, b in zip(shared, own, strict=True)]
+    index = None
+    if any(shared):
+        spans = [span for s in segments for span in ((s.shared_start, s.shared_end), (s.start, s.end))]
+        index = torch.cat([torch.arange(start, end) for start, end in spans])
+    queries, keys = (torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32) for sizes in (own, seen))
+    return Sight(queries, keys, index, max(own), max(seen))
+
+
+def padded(piece: Pack, tokens: int, segments: int, keys: int, longest: int) -> tuple[torch.Tensor, ...] | None:
+    """The pack as tensors of fixed shapes: input_ids, position_ids [1, tokens]; the segments' queries and keys
+    [segments + 1], as in Sight; and, where segments share, index [keys]. Padding are segments of their own, none over
+    `longest`. None where that is too small for the pack."""
+    laid = list(piece.segments)
+    for start in range(len(piece), tokens, longest):
+        laid.append(Segment(start, min(start + longest, tokens)))
+    seen = sight(tuple(laid))
+    if len(laid) > segments or (seen.index is not None and len(seen.index) > keys) or seen.most_keys > longest:
+        return None
+    more = tokens - len(piece)
+    ids, positions = (F.pad(x, (0, more)) for x in (piece.input_ids, piece.position_ids))
+    # segments without tokens fill up their number
+    bounds = (torch.cat((x, x[-1:].expand(segments + 1 - len(x)))) for x in (seen.queries, seen.keys))
+    return ids, positions, *bounds, *(() if seen.index is None else (F.pad(seen.index, (0, keys - len(seen.index))),))
+
+
 def _lay(members: list[Tree]) -> Pack:
     ids: list[int] = []
     positions: list[int] = []
@@ -131,10 +193,13 @@ def _lay(members: list[Tree]) -> Pack:
             segments.append(Segment(start, len(ids), *shared))
             rows.append((row["id"], start, len(ids)))
     row_tokens = sum(len(row["input_ids"]) for tree in members for row in tree.rows)
+    following = torch.tensor(targets)
+    places = (following != IGNORED).nonzero()[:, 0]
     return Pack(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
-        targets=torch.tensor(targets),
+        places=places,
+        targets=following[places],
         segments=tuple(segments),
         rows=tuple(rows),
         row_tokens=row_tokens,

@@ -1,0 +1,352 @@
+"""Tokens a second, memory and first step of LoRA training: this project's and its peers', each in its own process.
+
+    python -m bench.train OUT.json MODEL VARIANT [VARIANT …]
+
+Weights are random, since the arithmetic is the same: what is measured is speed. Rows have lognormal lengths, median
+300, at most 2048, and the loss counts the last quarter of each. The first variant runs again at the end, to show drift.
+"""
+
+import itertools
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+SCRATCH = Path(tempfile.gettempdir()) / "lorepro-bench"
+ROWS_A_STEP = 48
+WARM, MEASURED = 12, 20
+LONGEST_SECONDS = 150
+
+GEMMA3 = {"vocab_size": 262144, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512}
+MODELS = {
+    "tiny": Gemma3TextConfig(
+        **{**GEMMA3, "vocab_size": 4096, "head_dim": 32},
+        hidden_size=64,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        intermediate_size=128,
+    ),
+    "gemma3-270m": Gemma3TextConfig(
+        **GEMMA3,
+        hidden_size=640,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        intermediate_size=2048,
+    ),
+    "gemma3-1b": Gemma3TextConfig(
+        **GEMMA3,
+        hidden_size=1152,
+        num_hidden_layers=26,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        intermediate_size=6912,
+    ),
+    "gemma3-4b": Gemma3TextConfig(
+        **{**GEMMA3, "sliding_window": 1024},
+        hidden_size=2560,
+        num_hidden_layers=34,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=10240,
+    ),
+    "gemma2-9b": Gemma2Config(
+        vocab_size=256000,
+        hidden_size=3584,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        intermediate_size=14336,
+        query_pre_attn_scalar=256,
+    ),
+}
+
+
+def rows(count: int, vocabulary: int) -> list[dict]:
+    chance = np.random.default_rng(0)
+    lengths = np.clip(chance.lognormal(np.log(300), 0.6, count).astype(int), 32, 2048)
+    made = []
+    for number, length in enumerate(lengths.tolist()):
+        ids = chance.integers(1000, vocabulary, length).tolist()
+        prompt = length - length // 4
+        labels = [-100] * prompt + ids[prompt:]
+        made.append({"id": str(number), "input_ids": ids, "labels": labels, "prompt_tokens": prompt})
+    return made
+
+
+def floor(config, row_lengths: list[int]) -> tuple[float, float]:
+    """FLOP a token that training with frozen weights cannot do without, loss on a quarter of the tokens; and with the
+    loss on every token, as field figures of peers count it."""
+    attended = sum(n * n / 2 for n in row_lengths) / sum(row_lengths)
+    h, i = config.hidden_size, config.intermediate_size
+    q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer = 4 * (2 * h * q + 2 * h * k + 3 * h * i)  # forward, and backward to the activations: 2 FLOP a weight each
+    attention = 3.5 * 4 * q * attended
+    head = 4 * config.vocab_size * h
+    body = config.num_hidden_layers * (layer + attention)
+    return body + head / 4, body + head
+
+
+def folder_of(name: str) -> Path:
+    folder = SCRATCH / name
+    if not (folder / "config.json").exists():
+        config = MODELS[name]
+        kind = Gemma2ForCausalLM if isinstance(config, Gemma2Config) else Gemma3ForCausalLM
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = kind(config)
+        torch.set_default_dtype(torch.float32)
+        model.save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 3}, unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="<pad>", eos_token="<eos>")
+
+
+class Marks(TrainerCallback):
+    """When each step ended, as the processor saw it: while the GPU is what it waits for, as the GPU did."""
+
+    def __init__(self):
+        self.began = time.monotonic()
+        self.times = []
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 1 and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.monotonic())
+
+    def rate(self, tokens: list[int]) -> float:
+        """Tokens a second of the median step; tokens: of each step."""
+        pairs = zip(tokens[WARM:], self.times[WARM - 1 :], self.times[WARM:], strict=False)
+        return statistics.median(count / (end - start) for count, start, end in pairs)
+
+
+def ours(model: str, compiled: bool, quantize: str | None, profiled: bool) -> dict:
+    from stages import train
+    from stages.models.graphs import compile_pieces
+    from stages.models.load import load_model
+    from stages.models.lora import add_adapters, fuse
+    from stages.models.machine import resolve
+    from stages.params import Lora, Machine, Train
+
+    folder = folder_of(model)
+    marks = Marks()
+    machine = resolve(Machine(dtype="bfloat16", device="auto", tokens_per_pack=24576, rows_per_batch="auto"))
+    lora = Lora(r=16, alpha=16.0, dropout=0.0, target_modules="all-linear", quantize=quantize)
+    adapted = add_adapters(load_model(folder, machine.device, machine.dtype, quantize=quantize), lora, 0)
+    fuse(adapted)
+    if compiled:
+        compile_pieces(adapted.get_base_model())
+    made = rows(ROWS_A_STEP * (WARM + MEASURED), MODELS[model].vocab_size)
+    settings = Train(
+        epochs=1.0,
+        batch_size=ROWS_A_STEP,
+        order="shuffled",
+        learning_rate=1e-4,
+        schedule="constant",
+        warmup_ratio=0.0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        validations=1,
+        seed=0,
+    )
+    trainer = train.Trainer(adapted, tokenizer(), settings, machine, made, made[:2], tempfile.mkdtemp())
+    trainer.add_callback(marks)
+    if profiled:
+        trainer.add_callback(Profile())
+    trainer.train()
+    steps = trainer.history
+    counted = [sum(len(made[i]["input_ids"]) for i in one["rows"]) for one in trainer.train_dataset]
+    return figures(marks, counted, model) | {
+        "loss": [round(point["loss"], 4) for point in steps if "loss" in point][-1],
+        "gradient_norm": [point["gradient_norm"] for point in steps if "loss" in point][-1],
+    }
+
+
+class Profile(TrainerCallback):
+    """Where two steps spend the GPU's time, printed."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == WARM + 2:
+            torch.cuda.synchronize()
+            kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            self.profile = torch.profiler.profile(activities=kinds)
+            self.profile.__enter__()
+            self.began = time.monotonic()
+        if state.global_step == WARM + 4:
+            torch.cuda.synchronize()
+            print(f"two steps: {time.monotonic() - self.began:.3f} s", file=sys.stderr)
+            self.profile.__exit__(None, None, None)
+            table = self.profile.key_averages().table(
+                sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=70
+            )
+            for line in table.splitlines():
+                print(line[:72] + line[-75:] if len(line) > 150 else line, file=sys.stderr)
+
+
+def trl(model: str, quantized: bool, **settings) -> dict:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    attention = settings.pop("attention")
+    steps_of = settings.pop("gradient_accumulation_steps", 1)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    folder = folder_of(model)
+    marks = Marks()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        attn_implementation=attention,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        quantization_config=nf4 if quantized else None,
+    )
+    made = [
+        {"input_ids": row["input_ids"], "completion_mask": [int(label != -100) for label in row["labels"]]}
+        for row in rows(1200, MODELS[model].vocab_size)
+    ]
+    arguments = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        gradient_accumulation_steps=steps_of,
+        bf16=True,
+        optim="adamw_torch_fused",
+        learning_rate=1e-4,
+        max_steps=WARM + MEASURED,
+        logging_steps=WARM,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **settings,
+    )
+    trainer = SFTTrainer(
+        model=loaded,
+        args=arguments,
+        train_dataset=Dataset.from_list(made),
+        processing_class=tokenizer(),
+        callbacks=[marks, counter := Counter()],
+        peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    counter.trainer = trainer
+    trainer.train()
+    log = trainer.state.log_history
+    counted = [after - before for before, after in itertools.pairwise([0, *counter.seen])]
+    return figures(marks, counted, model) | {
+        "loss": [point["loss"] for point in log if "loss" in point][-1],
+        "gradient_norm": [point["grad_norm"] for point in log if "grad_norm" in point][-1],
+    }
+
+
+class Counter(TrainerCallback):
+    """Tokens that TRL has counted by the end of each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, **_):
+        self.seen.append(int(self.trainer._total_train_tokens))
+
+
+def figures(marks: Marks, tokens: list[int], model: str) -> dict:
+    lengths = [len(row["input_ids"]) for row in rows(1000, 2000)]
+    needed, every = floor(MODELS[model], lengths)
+    rate = marks.rate(tokens)
+    whole = sum(tokens[WARM:]) / (marks.times[-1] - marks.times[WARM - 1])
+    found = {
+        "tokens_per_second": round(rate),
+        "tokens_per_second_with_recording": round(whole),
+        "first_step_seconds": round(marks.times[0] - marks.began, 1),
+        "tflops": round(rate * needed / 1e12, 1),
+        "tflops_loss_on_all": round(rate * every / 1e12, 1),
+    }
+    if torch.cuda.is_available():
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        found["device"] = torch.cuda.get_device_name()
+    return found
+
+
+VARIANTS = {
+    "ours": lambda model: ours(model, True, None, False),
+    "ours-nf4": lambda model: ours(model, True, "nf4", False),
+    "ours-profiled": lambda model: ours(model, True, None, True),
+    "ours-eager": lambda model: ours(model, False, None, False),
+    "ours-eager-profiled": lambda model: ours(model, False, None, True),
+    "trl": lambda model: trl(
+        model,
+        False,
+        attention="sdpa",
+        per_device_train_batch_size=4,
+        max_length=2048,
+        packing=True,
+        gradient_checkpointing=False,
+    ),
+    "trl-nf4": lambda model: trl(
+        model,
+        True,
+        attention="sdpa",
+        per_device_train_batch_size=4,
+        max_length=2048,
+        packing=True,
+        gradient_checkpointing=True,
+    ),
+    "tutorial": lambda model: trl(
+        model,
+        True,
+        attention="eager",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        max_length=512,
+        packing=True,
+        gradient_checkpointing=True,
+    ),
+}
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[0] == "one":
+        random.seed(0)
+        print("RESULT " + json.dumps(VARIANTS[arguments[2]](arguments[1])))
+        return
+    out, model, *names = arguments
+    found = []
+    for name in [*names, names[0]] if len(names) > 1 else names:
+        command = [sys.executable, "-m", "bench.train", "one", model, name]
+        began = time.monotonic()
+        command = ["timeout", str(LONGEST_SECONDS), *command]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        missing = {"missing": f"exit status {done.returncode}: {done.stderr[-1500:]}"}
+        result = json.loads(lines[0][7:]) if lines else missing
+        found.append({"variant": name, "model": model, **result})
+        print(json.dumps(found[-1]), f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    Path(out).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,81 @@
+"""The decoder's forward and backward pass as CUDA graphs: a few sizes of pack, recorded once, replayed for every pack.
+
+A decoder makes thousands of short kernels, and a processor needs longer to launch them than a GPU to run them; a
+graph is launched whole. Its shapes are fixed, so packs are padded to the next of a few sizes.
+"""
+
+import sys
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.models.packs import Pack, Sight, padded
+
+KEYS = 4  # keys to a query, at most, where packs share beginnings
+
+
+def size_of(tokens: int) -> int:
+    """The next size up, in steps of 256 tokens and, from 2,048 on, of an eighth of the power of two below."""
+    step = max(256, 1 << max(0, tokens.bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+def compile_pieces(model: PreTrainedModel) -> None:
+    """Have the model's norms and rotary embedding compiled, for any length: each is one pass over memory then, where
+    PyTorch's own operations make up to eight."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.compile(dynamic=True)
+    modeling = sys.modules[type(model).__module__]
+    rotary = getattr(modeling, "apply_rotary_pos_emb", None)
+    if rotary is not None and not hasattr(rotary, "_torchdynamo_orig_callable"):
+        modeling.apply_rotary_pos_emb = torch.compile(rotary, dynamic=True)
+
+
+class _Decoder(nn.Module):
+    """[T, H] out of tensors alone, as recording wants it."""
+
+    def __init__(self, model: PreTrainedModel, longest: int):
+        super().__init__()
+        self.decoder = model.get_decoder()
+        self.longest = longest
+
+    def forward(self, input_ids, position_ids, queries, keys, index=None) -> torch.Tensor:
+        return self.decoder(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=None,
+            sight=Sight(queries, keys, index, self.longest, self.longest),
+            use_cache=False,
+        ).last_hidden_state[0]
+
+
+class Graphs:
+    """The model's decoder, recorded at each size when a pack first needs it."""
+
+    def __init__(self, model: PreTrainedModel, rows: list[dict]):
+        """rows: all that packs will be made of ({input_ids}); their lengths decide what a graph must have room for."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        self.model = model
+        self.longest = max(lengths)
+        self.mean = sum(lengths) / len(lengths)
+        self.recorded: dict[tuple[int, bool], nn.Module] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def hidden(self, piece: Pack) -> torch.Tensor | None:
+        """[size, H] of the pack, padding at its end; None where its segments do not fit a graph."""
+        size = size_of(len(piece))
+        shared = any(segment.shared_end for segment in piece.segments)
+        segments = 8 + int((KEYS if shared else 1.5) * size / self.mean)
+        inputs = padded(piece, size, segments, KEYS * size, self.longest)
+        if inputs is None:
+            return None
+        inputs = tuple(x.pin_memory().to("cuda", non_blocking=True) for x in inputs)
+        key = size, len(inputs) == 5
+        if key not in self.recorded:
+            decoder = _Decoder(self.model, self.longest).train()
+            self.recorded[key] = torch.cuda.make_graphed_callables(
+                decoder, inputs, num_warmup_iters=1, allow_unused_input=True, pool=self.pool
+            )
+        return self.recorded[key](*inputs)
