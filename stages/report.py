@@ -5,7 +5,8 @@
         models/base/provenance.json data/raw/provenance.json metrics/report.html \\
         metrics/comparison.json metrics/facets.csv
 
-The page has no script, loads nothing and bears no date: the same inputs give the same bytes.
+The page has no script, loads nothing and bears no date: the same inputs give the same bytes. What varies from run to
+run therefore stands on a page of its own, run.html beside it, which stages/last_run.py writes.
 """
 
 import csv
@@ -19,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from stages import noise
+from stages import last_run, noise, page
 from stages.conversation import SIDES
 from stages.outputs import new_file, write_json
 from stages.params import Params, load
@@ -33,7 +33,6 @@ from stages.refusal import Refusal, run
 EXAMPLES = 4  # of each kind
 RIGHT = "Right before and after"  # of which none is shown
 INK = "#808081"  # stands for the page's own text colour, light or dark, until the SVG is written
-NATS = ("loss",)  # scores that are not shares
 
 
 @dataclass(frozen=True)
@@ -165,27 +164,10 @@ def draw(curve: Path) -> Markup:
 
 def parameters(params: Params) -> Iterator[tuple[str, Any]]:
     """Every parameter that decides the result, as `-S` names it; what was fetched is told by the provenance."""
-
-    def flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                yield from flat(f"{key}.{name}", inner)
-        elif not isinstance(value, list):
-            yield key, "null" if value is None else value
-        else:
-            yield key, ", ".join(map(str, value))
-
     for name in Params.model_fields:
         if name != "machine":  # the same result, faster or slower
             exclude = {"fetch"} if name in ("model", "data") else None
-            yield from flat(name, getattr(params, name).model_dump(by_alias=True, exclude=exclude))
-
-
-def score(value: float, name: str, signed: bool = False) -> str:
-    """A score, or with `signed` the difference of two, as text: shares in percent, a loss as it is."""
-    scaled, digits = (value, 3) if name in NATS else (100 * value, 1)
-    text = f"{round(scaled, digits) + 0.0:{'+' if signed else ''},.{digits}f}".replace("-", "−")
-    return text if name in NATS else text + (" points" if signed else "%")
+            yield from last_run.flat(name, getattr(params, name).model_dump(by_alias=True, exclude=exclude))
 
 
 def main(arguments: list[str]) -> None:
@@ -194,16 +176,13 @@ def main(arguments: list[str]) -> None:
     params = load()
     task = importlib.import_module(f"stages.tasks.{params.task.name}")
     headline = task.HEADLINE
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    templates = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    templates.filters.update(score=score, words=lambda name: name.replace("_", " "))
     base, few_shot, tuned = read_answers(answers)
     comparison = compare(base, few_shot, tuned)
     classes = getattr(task, "FACETS", {})
     facets = by_facet({"base": base, "few_shot": few_shot, "tuned": tuned}, headline, classes)
-    page = templates.get_template("report.html.jinja").render(
+    page.write(
+        out,
+        "report.html.jinja",
         **{path.stem: read(path) for path in (data, tokens, train, merge)},
         comparison=comparison,
         facets=facets,
@@ -221,13 +200,12 @@ def main(arguments: list[str]) -> None:
         max_kl=params.merge.max_kl,
         parameters=list(parameters(params)),
     )
-    with new_file(out) as partial:
-        partial.write_text(page, encoding="utf-8")
     write_json(comparison_out, comparison)
     with new_file(facets_out) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(facets[0]))
         writer.writeheader()
         writer.writerows(facets)
+    last_run.write(out.with_name("run.html"), read(train)["steps"])
 
 
 if __name__ == "__main__":
