@@ -15,13 +15,14 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stages import last_run, noise, page
@@ -33,6 +34,7 @@ from stages.refusal import Refusal, run
 EXAMPLES = 4  # of each kind
 RIGHT = "Right before and after"  # of which none is shown
 INK = "#808081"  # stands for the page's own text colour, light or dark, until the SVG is written
+BLUE, ORANGE = "#3987e5", "#d95926"  # seen on a light page and on a dark one
 
 
 @dataclass(frozen=True)
@@ -140,26 +142,52 @@ def smoothed(values: list[float], reach: int) -> list[float]:
     return [sum(near) / len(near) for i in range(len(values)) for near in [values[max(0, i - reach) : i + reach + 1]]]
 
 
-def draw(curve: Path) -> Markup:
-    """The loss curve as an SVG element in the page's colours: the same bytes for the same numbers."""
-    steps, losses = read_curve(curve, "loss")
-    reach = len(losses) // 40
+def draw(plot: Callable[[Axes], None], height: float) -> Markup:
+    """What `plot` draws as an SVG element in the page's colours: the same bytes for the same numbers."""
     matplotlib.rcdefaults()  # whatever a matplotlibrc on this machine says
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with matplotlib.rc_context({**ink, "svg.hashsalt": "lorepro", "svg.fonttype": "none", "font.size": 11}):
-        figure = Figure(figsize=(6, 3.2), layout="constrained")
+    with matplotlib.rc_context({**ink, "svg.hashsalt": plot.__name__, "svg.fonttype": "none", "font.size": 11}):
+        figure = Figure(figsize=(6, height), layout="constrained")
         axes = figure.subplots()
-        axes.plot(steps, losses, color="#3987e5", alpha=0.45, linewidth=0.8, label="training, each step")
-        axes.plot(steps, smoothed(losses, reach), color="#3987e5", label=f"training, mean of {2 * reach + 1}")
-        axes.plot(*read_curve(curve, "validation_loss"), "o-", color="#d95926", markersize=5, label="validation")
-        axes.set(xlabel="optimizer step", ylabel="loss, nats a supervised token", ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        plot(axes)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue().replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    return Markup(svg)  # unescaped: drawn here out of numbers alone
+    return Markup(re.sub(r' id="[\w.]+_\d+"', "", svg))  # unescaped: drawn here out of numbers alone
+
+
+def draw_losses(curve: Path) -> Markup:
+    """The loss over the optimizer steps."""
+    steps, losses = read_curve(curve, "loss")
+    reach = len(losses) // 40
+
+    def loss(axes: Axes) -> None:
+        axes.plot(steps, losses, color=BLUE, alpha=0.45, linewidth=0.8, label="training, each step")
+        axes.plot(steps, smoothed(losses, reach), color=BLUE, label=f"training, mean of {2 * reach + 1}")
+        axes.plot(*read_curve(curve, "validation_loss"), "o-", color=ORANGE, markersize=5, label="validation")
+        axes.set(xlabel="optimizer step", ylabel="loss, nats a supervised token", ylim=(0, None))
+        axes.legend(frameon=False)
+
+    return draw(loss, height=3.2)
+
+
+def draw_headline(models: dict[str, dict[str, float]], shots: int) -> Markup:
+    """The three models' score that decides, each with its interval, in percent."""
+    names = {"base": "base", "few_shot": f"base, {shots} example{'s' * (shots > 1)}", "tuned": "tuned"}
+
+    def headline(axes: Axes) -> None:
+        for model, name in names.items():
+            mean, low, high = (100 * models[model][key] for key in ("mean", "low", "high"))
+            colour = ORANGE if model == "tuned" else BLUE
+            axes.plot([low, high], [name, name], color=colour, alpha=0.45, linewidth=5, solid_capstyle="butt")
+            axes.plot([mean], [name], "o", color=colour, markersize=8)
+        axes.invert_yaxis()
+        axes.margins(y=0.3)
+        axes.set(xlabel="percent, with its 95% interval", xlim=(0, None))
+
+    return draw(headline, height=1.7)
 
 
 def parameters(params: Params) -> Iterator[tuple[str, Any]]:
@@ -191,7 +219,8 @@ def main(arguments: list[str]) -> None:
         shots=params.evaluate.shots,
         task=params.task.name,
         headline=headline,
-        curve=draw(curve),
+        loss_chart=draw_losses(curve),
+        headline_chart=draw_headline(comparison[headline], params.evaluate.shots),
         right=RIGHT,
         kinds=kinds(list(map(Example, base, tuned)), headline),
         sides=SIDES,

@@ -214,6 +214,37 @@ def test_each_kind_shows_its_first_examples_side_by_side(make, tmp_path):
     assert '<p class="question">How many singers?</p>' in fixed
 
 
+def test_the_charts_share_no_id_and_refer_to_what_is_there(make, tmp_path):
+    page = Page(make(write_inputs(tmp_path)))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert [tag for tag, _ in page.elements].count("svg") == 2
+    assert len(ids) == len(set(ids))
+    places = [attributes.get("xlink:href", "") for _, attributes in page.elements]
+    assert {place[1:] for place in places if place.startswith("#")} <= set(ids)
+
+
+def test_the_headline_is_drawn_with_its_interval_for_all_three_models(make, tmp_path):
+    page = make(write_inputs(tmp_path))
+    (chart,) = re.findall(r'aria-label="Execution accuracy of the three models.*?</svg>', page, re.DOTALL)
+    assert ">base<" in chart and ">base, 3 examples<" in chart and ">tuned<" in chart and "95% interval" in chart
+
+
+def test_every_cell_of_a_table_that_is_stacked_on_a_phone_names_its_column(make, tmp_path):
+    for table in re.findall(r'<table class="stacked">.*?</table>', make(write_inputs(tmp_path)), re.DOTALL):
+        columns = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', table)[1:]
+        for row in re.findall(r"<tr>(?=<th scope=.row).*?</tr>", table, re.DOTALL):
+            assert re.findall(r'<td[^>]*data-title="(.*?)"', row) == columns
+
+
+def test_the_page_tells_how_long_a_row_is_and_how_to_make_it_again(make, tmp_path):
+    arguments = write_inputs(tmp_path)
+    change(tmp_path / "tokens.json", train_tokens=1000, train_supervised=100, train_rows=8, test_rows=0)
+    text = " ".join(Page(make(arguments)).text.split())
+    assert "train 1,234 1,234 1,000 100 1,234 1,234 112.5 12.5" in text
+    for told in ("whose dvc.lock names this page", "make run", "dvc repro", "dvc pull", "sha256 " + "0" * 64):
+        assert told in text
+
+
 def test_a_task_without_execution_works(make, tmp_path):
     text = " ".join(Page(make(write_inputs(tmp_path, QUOTES))).text.split())
     assert "quotes: right author 25.0% → 75.0%" in text
