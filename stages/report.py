@@ -222,6 +222,7 @@ def main(arguments: list[str]) -> None:
         loss_chart=draw_losses(curve),
         headline_chart=draw_headline(comparison[headline], params.evaluate.shots),
         right=RIGHT,
+        shown="shown" in tuned[0],
         kinds=kinds(list(map(Example, base, tuned)), headline),
         sides=SIDES,
         model_origin=read(model_origin),

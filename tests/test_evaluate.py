@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import encode, evaluate, prepare
+from stages.tasks import quotes
 
 QUOTES = {"name": "quotes", "rows": "mine.jsonl", "given_words": 3, "longest": 400}
 ARGUMENTS = [
@@ -108,3 +109,14 @@ def test_fewer_rows_are_the_first_by_their_hash(stage):
     some, metrics = stage(**{"evaluate.rows": 3})
     assert metrics["rows"] == 3
     assert [answer["id"] for answer in some] == [answer["id"] for answer in whole[:3]]
+
+
+def test_what_a_task_shows_stands_beside_each_answer(stage, monkeypatch):
+    plain, metrics = stage()
+
+    def score_and_show(rows, answers, options):
+        for row, score in zip(rows, quotes.score(rows, answers, options), strict=True):
+            yield score, {"of": row.id}
+
+    monkeypatch.setattr(quotes, "score_and_show", score_and_show, raising=False)
+    assert stage() == ([{**row, "shown": {"of": row["id"]}} for row in plain], metrics)

@@ -245,6 +245,34 @@ def test_the_page_tells_how_long_a_row_is_and_how_to_make_it_again(make, tmp_pat
         assert told in text
 
 
+def result(rows: list[list], **fields) -> dict:
+    return {"rows": rows, "all_rows": len(rows), "all_columns": len(rows[0]) if rows else 0, **fields}
+
+
+def test_what_reference_and_answer_return_is_shown_under_the_queries(make, tmp_path):
+    shown = {"instance": 0, "reference": result([["a", 1], [None, 0.5]], all_rows=7), "answer": result([])}
+    text = " ".join(Page(make(write_inputs(tmp_path, shown=shown))).text.split())
+    expected = "SELECT count(*) FROM singer Returns 7 rows on database 0 a 1 NULL 0.5 … 5 more Base"
+    assert text.count(expected) == 6
+    assert text.count("the answer to 0 Returns 0 rows on database 0") == 2
+    assert "There the reference" not in text
+
+
+def test_a_result_from_another_database_than_the_references_brings_the_references_with_it(make, tmp_path):
+    arguments = write_inputs(tmp_path)
+    for name, shown in {
+        "base": {"instance": 3, "reference": result([["x"]]), "answer": result([["y"]])},
+        "tuned": {"instance": 1, "reference": result([["z"] * 8], all_columns=9), "answer": {"error": "no such <b>"}},
+    }.items():
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{**json.loads(line), "shown": shown} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = " ".join(Page(make(arguments)).text.split())
+    assert "Returns 1 row on database 1, its first 8 columns: z z z z z z z z Base" in text
+    assert "Returns 1 row on database 3 y There the reference: Returns 1 row on database 3 x Tuned" in text
+    assert "Fails: no such <b>" in text
+
+
 def test_a_task_without_execution_works(make, tmp_path):
     text = " ".join(Page(make(write_inputs(tmp_path, QUOTES))).text.split())
     assert "quotes: right author 25.0% → 75.0%" in text

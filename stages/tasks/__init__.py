@@ -6,7 +6,12 @@ It defines
 - `conversations(files, options)`, which yields a Conversation for each row it keeps, and raises Refusal for a bad one;
 - `score(conversations, answers, options)`, which yields for each answer a dict of scores, numbers between 0 and 1 or
   truth values, under the names that stand in metrics/base.json and metrics/tuned.json;
-- `HEADLINE`, the name of the score that decides.
+- `HEADLINE`, the name of the score that decides;
+
+and may define
+
+- `score_and_show(conversations, answers, options)`, which yields for each answer its scores and a JSON value that shows
+  a person why they are what they are; it stands in data/answers as `shown`.
 
 Training and scoring stand in one file so that they cannot disagree about what an answer is.
 """
