@@ -147,7 +147,7 @@ def draw(plot: Callable[[Axes], None], height: float) -> Markup:
     matplotlib.rcdefaults()  # whatever a matplotlibrc on this machine says
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context({**ink, "svg.hashsalt": plot.__name__, "svg.fonttype": "none", "font.size": 11}):
-        figure = Figure(figsize=(6, height), layout="constrained")
+        figure = Figure(figsize=(5, height), layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         plot(axes)
@@ -170,7 +170,7 @@ def draw_losses(curve: Path) -> Markup:
         axes.set(xlabel="optimizer step", ylabel="loss, nats a supervised token", ylim=(0, None))
         axes.legend(frameon=False)
 
-    return draw(loss, height=3.2)
+    return draw(loss, height=3)
 
 
 def draw_headline(models: dict[str, dict[str, float]], shots: int) -> Markup:
@@ -182,12 +182,12 @@ def draw_headline(models: dict[str, dict[str, float]], shots: int) -> Markup:
             mean, low, high = (100 * models[model][key] for key in ("mean", "low", "high"))
             colour = ORANGE if model == "tuned" else BLUE
             axes.plot([low, high], [name, name], color=colour, alpha=0.45, linewidth=5, solid_capstyle="butt")
-            axes.plot([mean], [name], "o", color=colour, markersize=8)
+            axes.plot([mean], [name], "o", color=colour, markersize=8, clip_on=False)
         axes.invert_yaxis()
         axes.margins(y=0.3)
         axes.set(xlabel="percent, with its 95% interval", xlim=(0, None))
 
-    return draw(headline, height=1.7)
+    return draw(headline, height=1.5)
 
 
 def parameters(params: Params) -> Iterator[tuple[str, Any]]:
