@@ -31,6 +31,7 @@ from stages.outputs import new_file, write_json
 from stages.params import Params, load
 from stages.refusal import Refusal, run
 
+MODELS = ("base", "few_shot", "tuned")
 EXAMPLES = 4  # of each kind
 RIGHT = "Right before and after"  # of which none is shown
 INK = "#808081"  # stands for the page's own text colour, light or dark, until the SVG is written
@@ -207,7 +208,7 @@ def main(arguments: list[str]) -> None:
     base, few_shot, tuned = read_answers(answers)
     comparison = compare(base, few_shot, tuned)
     classes = getattr(task, "FACETS", {})
-    facets = by_facet({"base": base, "few_shot": few_shot, "tuned": tuned}, headline, classes)
+    facets = by_facet(dict(zip(MODELS, (base, few_shot, tuned), strict=True)), headline, classes)
     page.write(
         out,
         "report.html.jinja",
@@ -232,9 +233,10 @@ def main(arguments: list[str]) -> None:
     )
     write_json(comparison_out, comparison)
     with new_file(facets_out) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(facets[0]))
-        writer.writeheader()
-        writer.writerows(facets)
+        writer = csv.writer(file)
+        writer.writerow(["facet", "class", "rows", "model", "score"])
+        for one in facets:
+            writer.writerows([one["facet"], one["class"], one["rows"], model, one[model]] for model in MODELS)
     last_run.write(out.with_name("run.html"), read(train)["steps"])
 
 

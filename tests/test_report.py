@@ -347,8 +347,14 @@ def test_the_score_is_shown_by_class_and_written_for_plots(make, tmp_path):
     assert "Execution accuracy by difficulty" in text
     assert "easy 4 50.0% 50.0% 75.0% hard 4 0.0% 0.0% 75.0%" in text
     assert (tmp_path / "facets.csv").read_text().splitlines() == [
-        "facet,class,rows,base,few_shot,tuned",
-        ",all,8,0.25,0.25,0.75",
-        "difficulty,easy,4,0.5,0.5,0.75",
-        "difficulty,hard,4,0.0,0.0,0.75",
+        "facet,class,rows,model,score",
+        ",all,8,base,0.25",
+        ",all,8,few_shot,0.25",
+        ",all,8,tuned,0.75",
+        "difficulty,easy,4,base,0.5",
+        "difficulty,easy,4,few_shot,0.5",
+        "difficulty,easy,4,tuned,0.75",
+        "difficulty,hard,4,base,0.0",
+        "difficulty,hard,4,few_shot,0.0",
+        "difficulty,hard,4,tuned,0.75",
     ]
