@@ -67,7 +67,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
+        self.text = self.title = ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -77,6 +77,8 @@ class Page(html.parser.HTMLParser):
         self.text += " "
 
     def handle_data(self, data):
+        if self.lasttag == "title":
+            self.title += data.strip()
         if self.lasttag != "style":
             self.text += data
 
