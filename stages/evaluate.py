@@ -57,7 +57,12 @@ def main(arguments: list[str]) -> None:
     texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() for answer in found]
     with learned.open(encoding="utf-8") as file:
         training = [map(json.loads, file)] if getattr(task, "TRAINING", False) else []
-        scores = list(task.score(rows, texts, params.task, *training))
+        if hasattr(task, "score_and_show"):
+            scores, shown = zip(*task.score_and_show(rows, texts, params.task, *training), strict=True)
+            shown = [{"shown": one} for one in shown]
+        else:
+            scores = list(task.score(rows, texts, params.task, *training))
+            shown = [{}] * len(rows)
     write_jsonl(
         answers_file,
         (
@@ -73,8 +78,9 @@ def main(arguments: list[str]) -> None:
                 "group": row.groups[params.prepare.group_by],
                 "nats": losses[row.id][0],
                 "tokens": losses[row.id][1],
+                **more,
             }
-            for row, text, answer, score in zip(rows, texts, found, scores, strict=True)
+            for row, text, answer, score, more in zip(rows, texts, found, scores, shown, strict=True)
         ),
     )
     means = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}

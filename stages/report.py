@@ -5,7 +5,8 @@
         models/base/provenance.json data/raw/provenance.json metrics/report.html \\
         metrics/comparison.json metrics/facets.csv
 
-The page has no script, loads nothing and bears no date: the same inputs give the same bytes.
+The page has no script, loads nothing and bears no date: the same inputs give the same bytes. What varies from run to
+run therefore stands on a page of its own, run.html beside it, which stages/last_run.py writes.
 """
 
 import csv
@@ -14,26 +15,27 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stages import noise
+from stages import last_run, noise, page
 from stages.conversation import SIDES
 from stages.outputs import new_file, write_json
 from stages.params import Params, load
 from stages.refusal import Refusal, run
 
+MODELS = ("base", "few_shot", "tuned")
 EXAMPLES = 4  # of each kind
 RIGHT = "Right before and after"  # of which none is shown
 INK = "#808081"  # stands for the page's own text colour, light or dark, until the SVG is written
-NATS = ("loss",)  # scores that are not shares
+BLUE, ORANGE = "#3987e5", "#d95926"  # seen on a light page and on a dark one
 
 
 @dataclass(frozen=True)
@@ -141,51 +143,60 @@ def smoothed(values: list[float], reach: int) -> list[float]:
     return [sum(near) / len(near) for i in range(len(values)) for near in [values[max(0, i - reach) : i + reach + 1]]]
 
 
-def draw(curve: Path) -> Markup:
-    """The loss curve as an SVG element in the page's colours: the same bytes for the same numbers."""
-    steps, losses = read_curve(curve, "loss")
-    reach = len(losses) // 40
+def draw(plot: Callable[[Axes], None], height: float) -> Markup:
+    """What `plot` draws as an SVG element in the page's colours: the same bytes for the same numbers."""
     matplotlib.rcdefaults()  # whatever a matplotlibrc on this machine says
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with matplotlib.rc_context({**ink, "svg.hashsalt": "lorepro", "svg.fonttype": "none", "font.size": 11}):
-        figure = Figure(figsize=(6, 3.2), layout="constrained")
+    with matplotlib.rc_context({**ink, "svg.hashsalt": plot.__name__, "svg.fonttype": "none", "font.size": 11}):
+        figure = Figure(figsize=(5, height), layout="constrained")
         axes = figure.subplots()
-        axes.plot(steps, losses, color="#3987e5", alpha=0.45, linewidth=0.8, label="training, each step")
-        axes.plot(steps, smoothed(losses, reach), color="#3987e5", label=f"training, mean of {2 * reach + 1}")
-        axes.plot(*read_curve(curve, "validation_loss"), "o-", color="#d95926", markersize=5, label="validation")
-        axes.set(xlabel="optimizer step", ylabel="loss, nats a supervised token", ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        plot(axes)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue().replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    return Markup(svg)  # unescaped: drawn here out of numbers alone
+    return Markup(re.sub(r' id="[\w.]+_\d+"', "", svg))  # unescaped: drawn here out of numbers alone
+
+
+def draw_losses(curve: Path) -> Markup:
+    """The loss over the optimizer steps."""
+    steps, losses = read_curve(curve, "loss")
+    reach = len(losses) // 40
+
+    def loss(axes: Axes) -> None:
+        axes.plot(steps, losses, color=BLUE, alpha=0.45, linewidth=0.8, label="training, each step")
+        axes.plot(steps, smoothed(losses, reach), color=BLUE, label=f"training, mean of {2 * reach + 1}")
+        axes.plot(*read_curve(curve, "validation_loss"), "o-", color=ORANGE, markersize=5, label="validation")
+        axes.set(xlabel="optimizer step", ylabel="loss, nats a supervised token", ylim=(0, None))
+        axes.legend(frameon=False)
+
+    return draw(loss, height=3)
+
+
+def draw_headline(models: dict[str, dict[str, float]], shots: int) -> Markup:
+    """The three models' score that decides, each with its interval, in percent."""
+    names = {"base": "base", "few_shot": f"base, {shots} example{'s' * (shots > 1)}", "tuned": "tuned"}
+
+    def headline(axes: Axes) -> None:
+        for model, name in names.items():
+            mean, low, high = (100 * models[model][key] for key in ("mean", "low", "high"))
+            colour = ORANGE if model == "tuned" else BLUE
+            axes.plot([low, high], [name, name], color=colour, alpha=0.45, linewidth=5, solid_capstyle="butt")
+            axes.plot([mean], [name], "o", color=colour, markersize=8, clip_on=False)
+        axes.invert_yaxis()
+        axes.margins(y=0.3)
+        axes.set(xlabel="percent, with its 95% interval", xlim=(0, None))
+
+    return draw(headline, height=1.5)
 
 
 def parameters(params: Params) -> Iterator[tuple[str, Any]]:
     """Every parameter that decides the result, as `-S` names it; what was fetched is told by the provenance."""
-
-    def flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                yield from flat(f"{key}.{name}", inner)
-        elif not isinstance(value, list):
-            yield key, "null" if value is None else value
-        else:
-            yield key, ", ".join(map(str, value))
-
     for name in Params.model_fields:
         if name != "machine":  # the same result, faster or slower
             exclude = {"fetch"} if name in ("model", "data") else None
-            yield from flat(name, getattr(params, name).model_dump(by_alias=True, exclude=exclude))
-
-
-def score(value: float, name: str, signed: bool = False) -> str:
-    """A score, or with `signed` the difference of two, as text: shares in percent, a loss as it is."""
-    scaled, digits = (value, 3) if name in NATS else (100 * value, 1)
-    text = f"{round(scaled, digits) + 0.0:{'+' if signed else ''},.{digits}f}".replace("-", "−")
-    return text if name in NATS else text + (" points" if signed else "%")
+            yield from last_run.flat(name, getattr(params, name).model_dump(by_alias=True, exclude=exclude))
 
 
 def main(arguments: list[str]) -> None:
@@ -194,16 +205,13 @@ def main(arguments: list[str]) -> None:
     params = load()
     task = importlib.import_module(f"stages.tasks.{params.task.name}")
     headline = task.HEADLINE
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    templates = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    templates.filters.update(score=score, words=lambda name: name.replace("_", " "))
     base, few_shot, tuned = read_answers(answers)
     comparison = compare(base, few_shot, tuned)
     classes = getattr(task, "FACETS", {})
-    facets = by_facet({"base": base, "few_shot": few_shot, "tuned": tuned}, headline, classes)
-    page = templates.get_template("report.html.jinja").render(
+    facets = by_facet(dict(zip(MODELS, (base, few_shot, tuned), strict=True)), headline, classes)
+    page.write(
+        out,
+        "report.html.jinja",
         **{path.stem: read(path) for path in (data, tokens, train, merge)},
         comparison=comparison,
         facets=facets,
@@ -212,8 +220,10 @@ def main(arguments: list[str]) -> None:
         shots=params.evaluate.shots,
         task=params.task.name,
         headline=headline,
-        curve=draw(curve),
+        loss_chart=draw_losses(curve),
+        headline_chart=draw_headline(comparison[headline], params.evaluate.shots),
         right=RIGHT,
+        shown="shown" in tuned[0],
         kinds=kinds(list(map(Example, base, tuned)), headline),
         sides=SIDES,
         model_origin=read(model_origin),
@@ -221,13 +231,13 @@ def main(arguments: list[str]) -> None:
         max_kl=params.merge.max_kl,
         parameters=list(parameters(params)),
     )
-    with new_file(out) as partial:
-        partial.write_text(page, encoding="utf-8")
     write_json(comparison_out, comparison)
     with new_file(facets_out) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(facets[0]))
-        writer.writeheader()
-        writer.writerows(facets)
+        writer = csv.writer(file)
+        writer.writerow(["facet", "class", "rows", "model", "score"])
+        for one in facets:
+            writer.writerows([one["facet"], one["class"], one["rows"], model, one[model]] for model in MODELS)
+    last_run.write(out.with_name("run.html"), read(train)["steps"])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import encode, evaluate, prepare
+from stages.tasks import quotes
 
 QUOTES = {"name": "quotes", "rows": "mine.jsonl", "given_words": 3, "longest": 400}
 ARGUMENTS = [
@@ -119,3 +120,14 @@ def test_what_an_answer_copies_is_looked_for_in_the_training_rows_answers(stage,
     rows = map(json.loads, Path("data/conversations/train.jsonl").read_text().splitlines())
     assert seen == [row["messages"][-1]["content"] for row in rows] and seen
     assert metrics["memorised"] == 0.5
+
+
+def test_what_a_task_shows_stands_beside_each_answer(stage, monkeypatch):
+    plain, metrics = stage()
+
+    def score_and_show(rows, answers, options):
+        for row, score in zip(rows, quotes.score(rows, answers, options), strict=True):
+            yield score, {"of": row.id}
+
+    monkeypatch.setattr(quotes, "score_and_show", score_and_show, raising=False)
+    assert stage() == ([{**row, "shown": {"of": row["id"]}} for row in plain], metrics)

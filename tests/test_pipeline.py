@@ -293,6 +293,25 @@ def test_the_metrics_have_their_names(pipeline):
     assert {"train", "merge", "evaluate_base", "evaluate_tuned"} <= set(pipeline.read("metrics/timing.json"))
 
 
+def test_plots_overlay_before_and_after_of_two_revisions(pipeline):
+    shown = pipeline.run(
+        sys.executable, "-m", "dvc", "plots", "diff", "HEAD", "--targets", "metrics/facets.csv", "--json"
+    )
+    (plot,) = json.loads(shown[shown.index("{") :])["data"]["metrics/facets.csv"]
+    points = plot["content"]["data"]["values"]
+    assert {(point["model"], point["rev"]) for point in points if point["class"] == "all"} == {
+        (model, revision) for model in ("base", "few_shot", "tuned") for revision in ("HEAD", "workspace")
+    }
+    encoding = plot["content"]["encoding"]
+    assert [encoding[name]["field"] for name in ("x", "y", "row", "color")] == ["score", "model", "class", "rev"]
+
+
+def test_how_the_run_went_is_told_and_not_in_git(pipeline):
+    page = (pipeline.folder / "metrics/run.html").read_text()
+    assert "evaluate tuned" in page and "Tokens a second" in page
+    assert "run.html" not in pipeline.run("git", "status", "--porcelain", "-uall")
+
+
 def test_nothing_runs_when_nothing_has_changed(pipeline):
     assert pipeline.repro() == set()
 

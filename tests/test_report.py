@@ -67,7 +67,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
+        self.text = self.title = ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -77,7 +77,10 @@ class Page(html.parser.HTMLParser):
         self.text += " "
 
     def handle_data(self, data):
-        self.text += data
+        if self.lasttag == "title":
+            self.title += data.strip()
+        if self.lasttag != "style":
+            self.text += data
 
 
 def answer(identity: str, right: bool, scores: tuple[str, ...], **fields) -> dict:
@@ -160,7 +163,7 @@ def test_nothing_is_loaded_and_nothing_may_be(make, tmp_path):
     }
     for _, attributes in page.elements:
         places = [attributes.get(name) for name in ("src", "href", "xlink:href", "data", "srcset")]
-        assert all(place is None or place.startswith("#") for place in places)
+        assert all(place is None or place == "run.html" or place.startswith("#") for place in places)
         assert "url(http" not in (attributes.get("style") or "")
 
 
@@ -211,6 +214,65 @@ def test_each_kind_shows_its_first_examples_side_by_side(make, tmp_path):
     assert re.findall("the answer to (.)", wrong) == list("44")
     assert fixed.count("did not end by itself") == 4  # the base's answers that did not stop
     assert '<p class="question">How many singers?</p>' in fixed
+
+
+def test_the_charts_share_no_id_and_refer_to_what_is_there(make, tmp_path):
+    page = Page(make(write_inputs(tmp_path)))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert [tag for tag, _ in page.elements].count("svg") == 2
+    assert len(ids) == len(set(ids))
+    places = [attributes.get("xlink:href", "") for _, attributes in page.elements]
+    assert {place[1:] for place in places if place.startswith("#")} <= set(ids)
+
+
+def test_the_headline_is_drawn_with_its_interval_for_all_three_models(make, tmp_path):
+    page = make(write_inputs(tmp_path))
+    (chart,) = re.findall(r'aria-label="Execution accuracy of the three models.*?</svg>', page, re.DOTALL)
+    assert ">base<" in chart and ">base, 3 examples<" in chart and ">tuned<" in chart and "95% interval" in chart
+
+
+def test_every_cell_of_a_table_that_is_stacked_on_a_phone_names_its_column(make, tmp_path):
+    for table in re.findall(r'<table class="stacked">.*?</table>', make(write_inputs(tmp_path)), re.DOTALL):
+        columns = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', table)[1:]
+        for row in re.findall(r"<tr>(?=<th scope=.row).*?</tr>", table, re.DOTALL):
+            assert re.findall(r'<td[^>]*data-title="(.*?)"', row) == columns
+
+
+def test_the_page_tells_how_long_a_row_is_and_how_to_make_it_again(make, tmp_path):
+    arguments = write_inputs(tmp_path)
+    change(tmp_path / "tokens.json", train_tokens=1000, train_supervised=100, train_rows=8, test_rows=0)
+    text = " ".join(Page(make(arguments)).text.split())
+    assert "train 1,234 1,234 1,000 100 1,234 1,234 112.5 12.5" in text
+    for told in ("whose dvc.lock names this page", "make run", "dvc repro", "dvc pull", "sha256 " + "0" * 64):
+        assert told in text
+
+
+def result(rows: list[list], **fields) -> dict:
+    return {"rows": rows, "all_rows": len(rows), "all_columns": len(rows[0]) if rows else 0, **fields}
+
+
+def test_what_reference_and_answer_return_is_shown_under_the_queries(make, tmp_path):
+    shown = {"instance": 0, "reference": result([["a", 1], [None, 0.5]], all_rows=7), "answer": result([])}
+    text = " ".join(Page(make(write_inputs(tmp_path, shown=shown))).text.split())
+    expected = "SELECT count(*) FROM singer Returns 7 rows on database 0 a 1 NULL 0.5 … 5 more Base"
+    assert text.count(expected) == 6
+    assert text.count("the answer to 0 Returns 0 rows on database 0") == 2
+    assert "There the reference" not in text
+
+
+def test_a_result_from_another_database_than_the_references_brings_the_references_with_it(make, tmp_path):
+    arguments = write_inputs(tmp_path)
+    for name, shown in {
+        "base": {"instance": 3, "reference": result([["x"]]), "answer": result([["y"]])},
+        "tuned": {"instance": 1, "reference": result([["z"] * 8], all_columns=9), "answer": {"error": "no such <b>"}},
+    }.items():
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{**json.loads(line), "shown": shown} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = " ".join(Page(make(arguments)).text.split())
+    assert "Returns 1 row on database 1, its first 8 columns: z z z z z z z z Base" in text
+    assert "Returns 1 row on database 3 y There the reference: Returns 1 row on database 3 x Tuned" in text
+    assert "Fails: no such <b>" in text
 
 
 def test_a_task_without_execution_works(make, tmp_path):
@@ -287,8 +349,14 @@ def test_the_score_is_shown_by_class_and_written_for_plots(make, tmp_path):
     assert "Execution accuracy by difficulty" in text
     assert "easy 4 50.0% 50.0% 75.0% hard 4 0.0% 0.0% 75.0%" in text
     assert (tmp_path / "facets.csv").read_text().splitlines() == [
-        "facet,class,rows,base,few_shot,tuned",
-        ",all,8,0.25,0.25,0.75",
-        "difficulty,easy,4,0.5,0.5,0.75",
-        "difficulty,hard,4,0.0,0.0,0.75",
+        "facet,class,rows,model,score",
+        ",all,8,base,0.25",
+        ",all,8,few_shot,0.25",
+        ",all,8,tuned,0.75",
+        "difficulty,easy,4,base,0.5",
+        "difficulty,easy,4,few_shot,0.5",
+        "difficulty,easy,4,tuned,0.75",
+        "difficulty,hard,4,base,0.0",
+        "difficulty,hard,4,few_shot,0.0",
+        "difficulty,hard,4,tuned,0.75",
     ]

@@ -77,13 +77,13 @@ def test_a_prediction_is_right_when_equal_on_every_instance():
     assert verdict([ONE, TWO], [ONE, TWO], ordered=False).right
     wrong = verdict([ONE, TWO], [ONE, ONE], ordered=False)
     assert (wrong.right, wrong.valid) == (False, True)
-    assert "instance 1" in wrong.why
+    assert "instance 1" in wrong.why and wrong.instance == 1
 
 
 @pytest.mark.parametrize("outcome", [Failure("no such column: x"), Timeout(2)])
 def test_a_prediction_that_does_not_run_is_neither_right_nor_valid(outcome: Failure | Timeout):
     judged = verdict([ONE, TWO], [ONE, outcome], ordered=False)
-    assert (judged.right, judged.valid) == (False, False)
+    assert (judged.right, judged.valid, judged.instance) == (False, False, 1)
     assert judged.why
 
 

@@ -334,6 +334,24 @@ def test_an_answer_is_complete_when_its_query_can_change_no_more(answer):
         assert "\n" not in answer or answer.count("```") == 1
 
 
+def test_a_score_comes_with_what_reference_and_answer_show_where_they_differ(asked):
+    answers = [asked.reference, "SELECT name FROM singer WHERE age >= 30", "SELECT salary FROM singer"]
+    judged = list(text_to_sql.score_and_show([asked] * 3, answers, sql()))
+    assert [scores for scores, _ in judged] == list(text_to_sql.score([asked] * 3, answers, sql()))
+    right, wrong, broken = (shown for _, shown in judged)
+    assert right["answer"] == right["reference"] and right["answer"]["rows"]
+    assert wrong["answer"] != wrong["reference"] and wrong["answer"]["all_rows"] > 1
+    assert broken["answer"] == {"error": "no such column: salary"}
+    assert broken["instance"] == 0 and broken["reference"]["all_rows"] == 1
+
+
+def test_a_right_answer_is_shown_where_the_reference_shows_something():
+    row = {"question": "?", "query": "SELECT name FROM singer WHERE age > 30", "db_id": "concert"}
+    found = only(text_to_sql.conversations(spider(row), sql()))
+    ((scores, shown),) = text_to_sql.score_and_show([found], [found.reference], sql())
+    assert scores["execution_accuracy"] and any(value for row in shown["reference"]["rows"] for value in row)
+
+
 def test_a_hostile_answer_leaves_the_next_ones_score_as_it_is(asked):
     scores = list(text_to_sql.score([asked] * 3, ["DROP TABLE singer", asked.reference, "'"], sql()))
     assert [score["execution_accuracy"] for score in scores] == [False, True, False]

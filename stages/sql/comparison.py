@@ -21,11 +21,13 @@ Row = Sequence[Cell]
 
 @dataclass(frozen=True)
 class Verdict:
-    """`right`: the same result on every instance; `valid`: ran on all of them; `why` says what it failed on."""
+    """`right`: the same result on every instance; `valid`: ran on all of them; `why` says what it failed on, and
+    `instance` numbers it."""
 
     right: bool
     valid: bool
     why: str
+    instance: int | None = None
 
 
 def is_ordered(query: str) -> bool:
@@ -73,12 +75,12 @@ def verdict(gold: Sequence[Outcome], predicted: Sequence[Outcome], ordered: bool
             raise Refusal(f"the gold query: {_trouble(outcome)} on instance {number}; leave the row out")
     for number, outcome in enumerate(predicted):
         if not isinstance(outcome, Rows):
-            return Verdict(False, False, f"{_trouble(outcome)} on instance {number}")
+            return Verdict(False, False, f"{_trouble(outcome)} on instance {number}", number)
     if len(predicted) != len(gold):
         raise ValueError(f"{len(predicted)} outcomes for {len(gold)} instances")
     for number, (mine, theirs) in enumerate(zip(gold, predicted, strict=True)):
         if theirs.truncated or not equal(mine.rows, theirs.rows, ordered):
-            return Verdict(False, True, f"another result on instance {number}")
+            return Verdict(False, True, f"another result on instance {number}", number)
     return Verdict(True, True, "")
 
 

@@ -7,7 +7,12 @@ It defines
   or yields the Refusal where the row is to be left out and counted;
 - `score(conversations, answers, options)`, which yields for each answer a dict of scores, numbers between 0 and 1 or
   truth values, under the names that stand in metrics/base.json and metrics/tuned.json;
-- `HEADLINE`, the name of the score that decides.
+- `HEADLINE`, the name of the score that decides;
+
+and may define
+
+- `score_and_show(conversations, answers, options)`, which yields for each answer its scores and a JSON value that shows
+  a person why they are what they are; it stands in data/answers as `shown`.
 
 With `TRAINING = True`, `score` is given a fourth argument, the training rows' answers, to tell what was copied.
 

@@ -17,6 +17,7 @@ from stages.refusal import Refusal
 from stages.rows import Record, Text
 from stages.sql.comparison import is_ordered, is_telling, verdict
 from stages.sql.difficulty import CLASSES, difficulty
+from stages.sql.excerpt import excerpt
 from stages.sql.execution import Rows, Sandbox
 from stages.sql.instances import Instance, fill, given
 from stages.sql.normal import complaint, key, normal
@@ -142,6 +143,14 @@ def score(conversations: list[Conversation], answers: list[str], options: Option
 
     Raises Refusal where a reference itself does not run.
     """
+    return (scores for scores, _ in score_and_show(conversations, answers, options))
+
+
+def score_and_show(
+    conversations: list[Conversation], answers: list[str], options: Options
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield, for each answer, its scores, and beside them what reference and answer show on one instance: the first on
+    which they differ, else the first on which there is something to see."""
     databases = _databases(conversations, options)
     with Sandbox(SECONDS_A_QUERY) as sandbox:
         for row, answer in zip(conversations, map(query, answers), strict=True):
@@ -152,13 +161,21 @@ def score(conversations: list[Conversation], answers: list[str], options: Option
                 if not isinstance(gold[-1], Rows):
                     why = getattr(gold[-1], "message", f"it takes over {SECONDS_A_QUERY:g} seconds")
                 raise Refusal(f"{row.where}: the reference query does not run: {why}; mend it or leave the row out")
-            found = verdict(gold, sandbox.run_all(instances, answer), is_ordered(row.context["gold"]))
-            yield {
+            outcomes = sandbox.run_all(instances, answer)
+            found = verdict(gold, outcomes, is_ordered(row.context["gold"]))
+            scores = {
                 "execution_accuracy": found.right,
                 "valid_sql": found.valid,
                 "exact_match": key(answer, schema) == row.reference.lower(),
                 "empty_results": not is_telling(gold),
             }
+            place = found.instance
+            if place is None:
+                place = next((number for number, outcome in enumerate(gold) if is_telling([outcome])), 0)
+            yield (
+                scores,
+                {"instance": place, "reference": excerpt(gold[place]), "answer": excerpt(outcomes[place])},
+            )
 
 
 def facets(row: Conversation) -> dict[str, str]:
