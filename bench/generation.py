@@ -81,7 +81,7 @@ def theirs(folder: Path, machine, texts: list[str]) -> tuple[float, list[str]]:
 
 
 def main(arguments: list[str]) -> None:
-    machine = resolve(Machine(device="auto", dtype="auto", tokens_per_pack="auto", rows_per_batch="auto"))
+    machine = resolve(Machine(device="auto", devices=1, dtype="auto", tokens_per_pack="auto", rows_per_batch="auto"))
     with tempfile.TemporaryDirectory() as scratch:
         if arguments[0] in SHAPES:
             folder = Path(scratch)

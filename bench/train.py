@@ -137,12 +137,13 @@ class Marks(TrainerCallback):
         self.times.append(time.monotonic())
 
     def rate(self, tokens: list[int]) -> float:
-        """Tokens a second of the median step; tokens: of each step."""
-        pairs = zip(tokens[WARM:], self.times[WARM - 1 :], self.times[WARM:], strict=False)
+        """Tokens a second of the median step after the warm ones; tokens: of each step."""
+        warm = min(WARM, len(tokens) // 2)
+        pairs = zip(tokens[warm:], self.times[warm - 1 :], self.times[warm:], strict=False)
         return statistics.median(count / (end - start) for count, start, end in pairs)
 
 
-def ours(model: str, compiled: bool, quantize: str | None, profiled: bool) -> dict:
+def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "auto", profiled: bool = False) -> dict:
     from stages import train
     from stages.models.graphs import compile_pieces
     from stages.models.load import load_model
@@ -152,11 +153,13 @@ def ours(model: str, compiled: bool, quantize: str | None, profiled: bool) -> di
 
     folder = folder_of(model)
     marks = Marks()
-    machine = resolve(Machine(dtype="bfloat16", device="auto", tokens_per_pack=24576, rows_per_batch="auto"))
+    machine = resolve(
+        Machine(dtype="bfloat16", device="auto", devices=1, tokens_per_pack=tokens_per_pack, rows_per_batch="auto")
+    )
     lora = Lora(r=16, alpha=16.0, dropout=0.0, target_modules="all-linear", quantize=quantize)
     adapted = add_adapters(load_model(folder, machine.device, machine.dtype, quantize=quantize), lora, 0)
     fuse(adapted)
-    if compiled:
+    if machine.device == "cuda":
         compile_pieces(adapted.get_base_model())
     made = rows(ROWS_A_STEP * (WARM + MEASURED), MODELS[model].vocab_size)
     settings = Train(
@@ -176,11 +179,10 @@ def ours(model: str, compiled: bool, quantize: str | None, profiled: bool) -> di
     if profiled:
         trainer.add_callback(Profile())
     trainer.train()
-    steps = trainer.history
     counted = [sum(len(made[i]["input_ids"]) for i in one["rows"]) for one in trainer.train_dataset]
     return figures(marks, counted, model) | {
-        "loss": [round(point["loss"], 4) for point in steps if "loss" in point][-1],
-        "gradient_norm": [point["gradient_norm"] for point in steps if "loss" in point][-1],
+        "loss": [round(point["loss"], 4) for point in trainer.history if "loss" in point][-1],
+        "gradient_norm": [point["gradient_norm"] for point in trainer.history if "loss" in point][-1],
     }
 
 
@@ -212,7 +214,7 @@ def trl(model: str, quantized: bool, **settings) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     attention = settings.pop("attention")
-    steps_of = settings.pop("gradient_accumulation_steps", 1)
+    steps = settings.pop("steps", WARM + MEASURED)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -234,12 +236,11 @@ def trl(model: str, quantized: bool, **settings) -> dict:
     ]
     arguments = SFTConfig(
         output_dir=tempfile.mkdtemp(),
-        gradient_accumulation_steps=steps_of,
         bf16=True,
         optim="adamw_torch_fused",
         learning_rate=1e-4,
-        max_steps=WARM + MEASURED,
-        logging_steps=WARM,
+        max_steps=steps,
+        logging_steps=steps // 2,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -277,7 +278,8 @@ def figures(marks: Marks, tokens: list[int], model: str) -> dict:
     lengths = [len(row["input_ids"]) for row in rows(1000, 2000)]
     needed, every = floor(MODELS[model], lengths)
     rate = marks.rate(tokens)
-    whole = sum(tokens[WARM:]) / (marks.times[-1] - marks.times[WARM - 1])
+    warm = min(WARM, len(tokens) // 2)
+    whole = sum(tokens[warm:]) / (marks.times[-1] - marks.times[warm - 1])
     found = {
         "tokens_per_second": round(rate),
         "tokens_per_second_with_recording": round(whole),
@@ -292,11 +294,10 @@ def figures(marks: Marks, tokens: list[int], model: str) -> dict:
 
 
 VARIANTS = {
-    "ours": lambda model: ours(model, True, None, False),
-    "ours-nf4": lambda model: ours(model, True, "nf4", False),
-    "ours-profiled": lambda model: ours(model, True, None, True),
-    "ours-eager": lambda model: ours(model, False, None, False),
-    "ours-eager-profiled": lambda model: ours(model, False, None, True),
+    "ours": lambda model: ours(model),
+    "ours-nf4": lambda model: ours(model, quantize="nf4"),
+    "ours-larger-packs": lambda model: ours(model, tokens_per_pack=24576),
+    "ours-profiled": lambda model: ours(model, profiled=True),
     "trl": lambda model: trl(
         model,
         False,
@@ -321,6 +322,7 @@ VARIANTS = {
         attention="eager",
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
+        steps=12,
         max_length=512,
         packing=True,
         gradient_checkpointing=True,

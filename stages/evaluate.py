@@ -9,21 +9,72 @@ import stages.models.quiet  # noqa: F401, I001 - before what it quiets
 import importlib
 import json
 import math
+import multiprocessing
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import pyarrow.parquet
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages import conversation, timing
-from stages.models.generate import attention_for_generation, generate
+from stages.models.generate import Answer, attention_for_generation, generate
 from stages.models.load import load_model, mean_loss, row_losses
-from stages.models.machine import resolve
+from stages.models.machine import Resolved, resolve
 from stages.outputs import write_json, write_jsonl
-from stages.params import load
+from stages.params import Params, load
 from stages.refusal import run
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    params: Params,
+    machine: Resolved,
+    prompts: list[list[int]],
+    on_batch: Callable[[int], None] = lambda rows: None,
+) -> list[Answer]:
+    task = importlib.import_module(f"stages.tasks.{params.task.name}")
+    complete = getattr(task, "complete", lambda text: False)
+    stops = model.generation_config.eos_token_id
+    model.set_attn_implementation(attention_for_generation(model))
+    return generate(
+        model,
+        prompts,
+        {stops} if isinstance(stops, int) else set(stops),
+        params.evaluate.max_new_tokens,
+        machine.rows_per_batch,
+        complete=lambda tokens: complete(tokenizer.decode(tokens, skip_special_tokens=True)),
+        on_batch=on_batch,
+    )
+
+
+def answer_on(device: str, folder: Path, params: Params, machine: Resolved, prompts: list[list[int]]) -> list[Answer]:
+    """What a process of its own does: load the model on its device and answer its share."""
+    model = load_model(folder, device, machine.dtype)
+    return answer(model, AutoTokenizer.from_pretrained(folder, local_files_only=True), params, machine, prompts)
+
+
+def answer_on_all(
+    folder: Path, params: Params, machine: Resolved, prompts: list[list[int]], on_batch: Callable[[int], None]
+) -> list[Answer]:
+    """Answers in the order of the prompts, each device with as many of each length as the others."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    shares = [order[number :: len(machine.devices)] for number in range(len(machine.devices))]
+    answers: dict[int, Answer] = {}
+    with ProcessPoolExecutor(len(shares), multiprocessing.get_context("spawn")) as pool:
+        work = {
+            pool.submit(answer_on, device, folder, params, machine, [prompts[i] for i in share]): share
+            for device, share in zip(machine.devices, shares, strict=True)
+            if share
+        }
+        for done in as_completed(work):
+            answers.update(zip(work[done], done.result(), strict=True))
+            on_batch(len(work[done]))
+    return [answers[i] for i in range(len(prompts))]
 
 
 def main(arguments: list[str]) -> None:
@@ -33,26 +84,20 @@ def main(arguments: list[str]) -> None:
     machine = resolve(params.machine)
     task = importlib.import_module(f"stages.tasks.{params.task.name}")
     facets = getattr(task, "facets", lambda row: {})
-    complete = getattr(task, "complete", lambda text: False)
     encoded = {row["id"]: row for row in pyarrow.parquet.read_table(tokens).to_pylist()}
     # ids are hashes, so that the first of them are an even sample and stay the same when rows are added
     rows = sorted(conversation.read(conversations), key=lambda row: row.id)[: params.evaluate.rows]
     model = load_model(folder, machine.device, machine.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     losses = row_losses(model, [encoded[row.id] for row in rows], machine.tokens_per_pack)
-    stops = model.generation_config.eos_token_id
-    model.set_attn_implementation(attention_for_generation(model))
+    prompts = [encoded[row.id]["input_ids"][: encoded[row.id]["prompt_tokens"]] for row in rows]
     generating = time.monotonic()
     with tqdm(total=len(rows), unit="answer", file=sys.stderr, mininterval=1.0) as bar:
-        found = generate(
-            model,
-            [encoded[row.id]["input_ids"][: encoded[row.id]["prompt_tokens"]] for row in rows],
-            {stops} if isinstance(stops, int) else set(stops),
-            params.evaluate.max_new_tokens,
-            machine.rows_per_batch,
-            complete=lambda tokens: complete(tokenizer.decode(tokens, skip_special_tokens=True)),
-            on_batch=bar.update,
-        )
+        if len(machine.devices) == 1:
+            found = answer(model, tokenizer, params, machine, prompts, bar.update)
+        else:
+            del model
+            found = answer_on_all(folder, params, machine, prompts, bar.update)
     generated = time.monotonic()
     texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() for answer in found]
     with learned.open(encoding="utf-8") as file:

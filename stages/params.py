@@ -148,6 +148,7 @@ class Evaluate(Section):
 class Machine(Section):
     dtype: Literal["auto", "float32", "bfloat16"]
     device: Literal["auto", "cpu", "cuda"]
+    devices: Literal["auto"] | Annotated[int, Field(ge=1, le=64)]
     tokens_per_pack: Literal["auto"] | Count
     rows_per_batch: Literal["auto"] | Count
 

@@ -68,10 +68,7 @@ def read(path: Path) -> Any:
 
 def read_answers(paths: list[Path]) -> list[list[dict[str, Any]]]:
     """Each model's answers, by their ids; raises Refusal when they are not to the same rows."""
-    found = [
-        sorted(map(json.loads, path.read_text(encoding="utf-8").splitlines()), key=lambda row: row["id"])
-        for path in paths
-    ]
+    found = [sorted(map(json.loads, path.open(encoding="utf-8")), key=lambda row: row["id"]) for path in paths]
     for path, rows in zip(paths, found, strict=True):
         if [row["id"] for row in rows] != [row["id"] for row in found[0]]:
             raise Refusal(f"{paths[0]} and {path}: answer different rows; run both again: dvc repro -f {paths[0]}")

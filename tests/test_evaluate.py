@@ -19,7 +19,7 @@ ARGUMENTS = [
     "data/answers/base.jsonl",
     "metrics/base.json",
 ]
-MACHINE = {"device": "cpu", "dtype": "float32", "tokens_per_pack": 64, "rows_per_batch": 4}
+MACHINE = {"device": "cpu", "devices": 1, "dtype": "float32", "tokens_per_pack": 64, "rows_per_batch": 4}
 
 
 @pytest.fixture
@@ -125,9 +125,15 @@ def test_what_an_answer_copies_is_looked_for_in_the_training_rows_answers(stage,
 def test_what_a_task_shows_stands_beside_each_answer(stage, monkeypatch):
     plain, metrics = stage()
 
-    def score_and_show(rows, answers, options):
-        for row, score in zip(rows, quotes.score(rows, answers, options), strict=True):
+    def score_and_show(rows, answers, options, training):
+        for row, score in zip(rows, quotes.score(rows, answers, options, training), strict=True):
             yield score, {"of": row.id}
 
     monkeypatch.setattr(quotes, "score_and_show", score_and_show, raising=False)
     assert stage() == ([{**row, "shown": {"of": row["id"]}} for row in plain], metrics)
+
+
+def test_rows_split_over_several_devices_are_answered_and_scored_the_same(stage):
+    answers, metrics = stage()
+    assert stage(machine={**MACHINE, "devices": 2}) == (answers, metrics)
+    assert len({answer["answer"] for answer in answers}) > 1

@@ -32,7 +32,7 @@ def answers(revision: str, path: str) -> dict[str, dict[str, Any]]:
         raise Refusal(f"{revision}: no such experiment, branch or commit; dvc exp show lists the experiments") from None
     except (DvcException, OSError) as error:
         raise Refusal(f"{revision}: {path} cannot be had: {error}; dvc pull, or run it again: dvc exp run") from None
-    rows = {row["id"]: row for row in map(json.loads, text.splitlines())}
+    rows = {row["id"]: row for row in map(json.loads, filter(None, text.split("\n")))}
     if not rows or "group" not in next(iter(rows.values())):
         raise Refusal(f"{revision}: {path} is from before answers kept their group and loss; run it again: dvc repro")
     return rows

@@ -22,6 +22,7 @@ class Resolved:
     """What `machine` came to here; recorded in metrics/timing.json."""
 
     device: str
+    devices: tuple[str, ...]
     dtype: torch.dtype
     tokens_per_pack: int
     rows_per_batch: int
@@ -36,9 +37,14 @@ def resolve(machine: Machine) -> Resolved:
     dtype = getattr(torch, machine.dtype) if machine.dtype != "auto" else _fastest(device)
     if device == "cpu":
         _keep_freed_memory()
+    there = torch.cuda.device_count() if device == "cuda" else 1
+    count = there if machine.devices == "auto" else machine.devices
+    if device == "cuda" and count > there:
+        raise Refusal(f"params.yaml: machine.devices is {count}, but torch sees {there} here; set it to auto")
+    devices = tuple(f"cuda:{number}" for number in range(count)) if device == "cuda" else (device,) * count
     tokens = TOKENS_PER_PACK[device] if machine.tokens_per_pack == "auto" else machine.tokens_per_pack
     rows = ROWS_PER_BATCH[device] if machine.rows_per_batch == "auto" else machine.rows_per_batch
-    return Resolved(device, dtype, tokens, rows)
+    return Resolved(device, devices, dtype, tokens, rows)
 
 
 def _keep_freed_memory() -> None:
