@@ -132,7 +132,7 @@ class Marks(TrainerCallback):
         self.times = []
 
     def on_step_end(self, args, state, control, **_):
-        if state.global_step == 1 and torch.cuda.is_available():
+        if state.global_step in (1, state.max_steps) and torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.monotonic())
 

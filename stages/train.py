@@ -28,7 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from stages import timing
 from stages.models.graphs import Graphs, compile_pieces
-from stages.models.load import load_model, mean_loss, pack_loss, row_losses
+from stages.models.load import is_capped, load_model, mean_loss, pack_loss, row_losses
 from stages.models.lora import add_adapters, fuse, save_adapter
 from stages.models.machine import Resolved, resolve
 from stages.models.packs import Pack, pack
@@ -65,7 +65,7 @@ class Trainer(SFTTrainer):
         self.rows, self.validation_rows = rows, validation_rows
         self.tokens_per_pack = machine.tokens_per_pack
         self.graphs = None
-        if machine.device == "cuda":
+        if machine.device == "cuda" and not is_capped(model.get_base_model()):
             self.graphs = Graphs(model.get_base_model(), rows)
         self.history: list[dict] = []
         self.watch = Watch(self)

@@ -246,6 +246,14 @@ def test_a_pack_padded_to_a_fixed_size_gives_the_same_hidden_states(monkeypatch)
         torch.testing.assert_close(found, packed_logits(model, piece, slice(None)), rtol=1e-4, atol=1e-5)
 
 
+def test_bounded_scores_stay_bounded_where_a_gpus_attention_could_not(monkeypatch):
+    monkeypatch.setattr("stages.models.attention.varlen_attn", flash)
+    model = FAMILIES["gemma2"]().eval()
+    (piece,) = pack(rows(), 10_000)
+    found = packed_logits(model, dataclasses.replace(piece, sight=sight(piece.segments)), slice(None))
+    assert torch.equal(found, packed_logits(model, piece, slice(None)))
+
+
 def test_a_pack_that_does_not_fit_the_fixed_size_is_not_padded():
     (piece,) = pack(rows(), 10_000)
     shared = sum(segment.end - segment.start + segment.shared_end - segment.shared_start for segment in piece.segments)

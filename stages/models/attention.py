@@ -42,6 +42,7 @@ def packed_attention(
     """
     assert attention_mask is None, "packed rows know what they see and take no mask"
     if sight is not None:
+        assert softcap is None, "flash attention does not bound its scores"
         return _flash(query, key, value, sight, scaling, sliding_window)[None], None
     attend = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
     if softcap is not None:

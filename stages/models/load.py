@@ -61,18 +61,24 @@ def round_to_nf4(model: PreTrainedModel) -> None:
 
 def _hidden(model: PreTrainedModel, piece: Pack) -> torch.Tensor:
     """[T, H], what the decoder makes of the pack's tokens; `model` must attend with PACKED."""
+    flash = piece.sight is not None and not is_capped(model)
     return model.get_decoder()(
         input_ids=piece.input_ids,
         position_ids=piece.position_ids,
         attention_mask=None,  # nor is one built for PACKED: `segments` says all there is to say
-        segments=piece.segments if piece.sight is None else None,
-        sight=piece.sight,
+        segments=None if flash else piece.segments,
+        sight=piece.sight if flash else None,
         use_cache=False,
     ).last_hidden_state[0]
 
 
 def _softcap(model: PreTrainedModel) -> float | None:
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def is_capped(model: PreTrainedModel) -> bool:
+    """Whether the attention's scores are bounded, as Gemma 2's are, which flash attention cannot."""
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def pack_loss(model: PreTrainedModel, piece: Pack, graphs: Graphs | None = None) -> torch.Tensor:
