@@ -37,5 +37,5 @@ lock: $(INSTALLED)
 		--quiet > .venv/lock.txt
 	@{ echo "# Made by make lock: uv pip compile requirements.in --universal --python-version 3.10, without the" \
 		"CUDA packages, because the build of torch that pip picks pins its own."; \
-		grep -vE '^(nvidia-|cuda-|triton)' .venv/lock.txt; } > .venv/requirements.txt
+		grep -vE '^(nvidia-[^m]|cuda-|triton)' .venv/lock.txt; } > .venv/requirements.txt
 	@mv .venv/requirements.txt requirements.txt

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet
+import pynvml
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -148,6 +149,7 @@ class Watch(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.unread: list[Point] = []
+        self.gauges = Gauges()
         self.tokens = 0
 
     def on_train_begin(self, args, state, control, **_):
@@ -178,6 +180,7 @@ class Watch(TrainerCallback):
             rate, memory = self.tokens_per_second, memory_gib(self.trainer.args.device)
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} tokens/s, {memory:.1f} GiB", refresh=False)
             self.bar.update(1)
+            self.gauges.look(self.trainer.args.device)
 
     @property
     def tokens_per_second(self) -> float:
@@ -186,6 +189,36 @@ class Watch(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         self.read_all()
         self.bar.close()
+
+
+class Gauges:
+    """How busy and how hot the GPU is, looked at every few seconds."""
+
+    EVERY_SECONDS = 2.0
+
+    def __init__(self):
+        self.seen: list[tuple[int, int]] = []
+        self.looked = 0.0
+
+    def look(self, device: torch.device) -> None:
+        if device.type != "cuda" or time.monotonic() - self.looked < self.EVERY_SECONDS:
+            return
+        self.looked = time.monotonic()
+        try:
+            self.seen.append((torch.cuda.utilization(device), torch.cuda.temperature(device)))
+        except (pynvml.NVMLError, RuntimeError):  # a GPU that is shared or virtual may not tell
+            self.looked = math.inf
+
+    def figures(self, device: torch.device) -> dict[str, str | float]:
+        """The GPU's name, its mean utilisation in percent and its highest temperature; on a CPU nothing."""
+        if not self.seen:
+            return {}
+        busy, warm = zip(*self.seen, strict=True)
+        return {
+            "gpu": torch.cuda.get_device_name(device),
+            "gpu_utilisation_percent": round(sum(busy) / len(busy), 1),
+            "gpu_temperature_celsius": max(warm),
+        }
 
 
 ADVICE = "look at the rows, lower train.learning_rate, or set machine.dtype to float32"
@@ -283,6 +316,7 @@ def main(arguments: list[str]) -> None:
         dtype=str(machine.dtype).removeprefix("torch."),
         tokens_per_pack=machine.tokens_per_pack,
         threads=torch.get_num_threads(),
+        **watch.gauges.figures(trainer.args.device),
     )
 
 

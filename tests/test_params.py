@@ -79,7 +79,7 @@ def test_a_whole_number_will_do_where_a_number_is_wanted(params_file, tmp_path):
         (
             "lora.zzz",
             1,
-            "lora.zzz is not a parameter; take it out; those there are: alpha, dropout, r, target_modules",
+            "lora.zzz is not a parameter; take it out; those there are: alpha, dropout, quantize, r, target_modules",
         ),
         ("task.columns.qestion", "q", "task.columns.qestion is not a parameter; did you mean task.columns.question?"),
         ("lora.r", "sixteen", "lora.r is the text 'sixteen'; it should be a whole number"),
