@@ -1,0 +1,71 @@
+"""Draws bench/results/*.json as bench/results/speed.svg.
+
+python -m bench.plot
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = {
+    "ours": "lorepro",
+    "ours-larger-packs": "lorepro, larger packs",
+    "ours-nf4": "lorepro, nf4",
+    "trl": "TRL, its best flags",
+    "trl-nf4": "TRL, nf4, checkpointing",
+    "tutorial": "the tutorial's settings",
+}
+
+
+def training(axes) -> None:
+    rows = json.loads((RESULTS / "train_h200.json").read_text(encoding="utf-8"))
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["model"] == "gemma3-1b" and row["variant"] in NAMES:
+            found.setdefault(row["variant"], []).append(row["tokens_per_second"])
+    names = sorted(found, key=lambda name: max(found[name]))
+    dots(axes, [(NAMES[name], min(found[name]), name.startswith("ours")) for name in names])
+    axes.set_title("Training, tokens a second\nGemma-3-1B shape, one H200", loc="left", fontsize=11)
+
+
+def generation(axes) -> None:
+    found = json.loads((RESULTS / "evaluation.json").read_text(encoding="utf-8"))
+    rows = []
+    for where, title in (("cpu", "two CPU cores, 270M"), ("gpu", "one H100, 1B shape")):
+        one = found[f"generation_{where}"]
+        rows.append((f"a pipeline call a row, {title}", max(one["pipeline_rows_per_minute"]), False))
+        rows.append((f"lorepro, {title}", one["rows_per_minute"], True))
+    dots(axes, rows)
+    axes.set_title("Answering, rows a minute", loc="left", fontsize=11)
+
+
+def dots(axes, rows: list[tuple[str, float, bool]]) -> None:
+    """A dot for each name and number, ours in colour, on a logarithmic scale."""
+    places = range(len(rows))
+    colours = ["#3987e5" if ours else "#808891" for *_, ours in rows]
+    axes.scatter([number for _, number, _ in rows], places, c=colours, s=60, zorder=2)
+    axes.grid(axis="x", color="#e3e6ea", zorder=1)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_yticks(places, [name for name, *_ in rows])
+    axes.set_xscale("log")
+    axes.set_xlim(right=max(number for _, number, _ in rows) * 3)
+    for place, (_, number, _) in zip(places, rows, strict=True):
+        axes.text(number * 1.15, place, f"{number:,.0f}", va="center")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    settings = {"svg.hashsalt": "lorepro", "svg.fonttype": "path", "font.size": 10}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(7.5, 5), layout="constrained")
+        above, below = figure.subplots(2, 1, height_ratios=[6, 4])
+        training(above)
+        generation(below)
+        figure.savefig(RESULTS / "speed.svg", facecolor="white", metadata={"Date": None, "Creator": None})
+
+
+if __name__ == "__main__":
+    main()
