@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import pyarrow.parquet
+import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,6 +98,7 @@ def main(arguments: list[str]) -> None:
             found = answer(model, tokenizer, params, machine, prompts, bar.update)
         else:
             del model
+            torch.cuda.empty_cache()  # the first GPU's worker needs the room
             found = answer_on_all(folder, params, machine, prompts, bar.update)
     generated = time.monotonic()
     texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() for answer in found]

@@ -92,6 +92,10 @@ def main(arguments: list[str]) -> None:
     files = {name: rows.read(raw / file) for name, file in params.task.files().items()}
     found = split(task.conversations(files, params.task), params.prepare)
     sides = found.sides
+    if hasattr(task, "unscorable"):
+        refusals = {row.id: why for row, why in task.unscorable(sides["test"], params.task)}
+        sides["test"] = [row for row in sides["test"] if row.id not in refusals]
+        found.unusable.extend(refusals.values())
     for name in SIDES:
         if not sides[name]:
             total = sum(map(len, sides.values()))

@@ -28,8 +28,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from stages import timing
-from stages.models.graphs import Graphs, compile_pieces
-from stages.models.load import is_capped, load_model, mean_loss, pack_loss, row_losses
+from stages.models.attention import takes_flash
+from stages.models.graphs import Graphs, compile_pieces, own_gradients
+from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.lora import add_adapters, fuse, save_adapter
 from stages.models.machine import Resolved, resolve
 from stages.models.packs import Pack, pack
@@ -65,9 +66,6 @@ class Trainer(SFTTrainer):
         """What the Trainer saves on its own account goes to `scratch`."""
         self.rows, self.validation_rows = rows, validation_rows
         self.tokens_per_pack = machine.tokens_per_pack
-        self.graphs = None
-        if machine.device == "cuda" and not is_capped(model.get_base_model()):
-            self.graphs = Graphs(model.get_base_model(), rows)
         self.history: list[dict] = []
         self.watch = Watch(self)
         planned = schedule(rows, train.batch_size, train.epochs, train.seed, train.order)
@@ -80,10 +78,18 @@ class Trainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=[self.watch],
         )
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()  # TRL casts adapters of a quantized base to bfloat16
+        self.recorded = lambda piece: None
+        if takes_flash(model.get_base_model()):
+            own_gradients(model)
+            self.recorded = Graphs(model.get_base_model(), rows).hidden
         self.remove_callback(PrinterCallback)  # Watch prints the same figures, in one line
 
     def _step(self, chosen: list[dict]) -> Step:
-        rows = [self.rows[i] for i in chosen[0]["rows"]]
+        (step,) = chosen
+        rows = [self.rows[i] for i in step["rows"]]
         packs = pack(rows, self.tokens_per_pack)
         return Step(
             packs,
@@ -101,7 +107,7 @@ class Trainer(SFTTrainer):
         self.step_now = step
         total = torch.zeros((), device=self.args.device)
         for piece in step.packs:
-            loss = pack_loss(model.get_base_model(), piece, self.graphs) / step.supervised
+            loss = pack_loss(model.get_base_model(), piece, self.recorded) / step.supervised
             self.accelerator.backward(loss)
             total += loss.detach()
         self.loss_now = total
@@ -233,7 +239,7 @@ def memory_gib(device: torch.device) -> float:
 
 def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> SFTConfig:
     """TRL's arguments; what they save goes to `scratch`."""
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=scratch,
         max_steps=steps,
         per_device_train_batch_size=1,  # of the schedule's steps, each with its rows
@@ -261,6 +267,9 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
+    assert arguments.device.type == machine.device  # asked first, since asking counts the GPUs
+    arguments._n_gpu = 1  # the Trainer would spread each step over all there are
+    return arguments
 
 
 def write_curve(path: Path, history: list[dict]) -> None:

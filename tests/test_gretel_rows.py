@@ -159,7 +159,7 @@ UNUSABLE = [
     ("no such table: v", "CREATE TABLE t (a INT); CREATE VIEW v AS SELECT a FROM t", "SELECT a FROM v"),
     ("hold bytes", "CREATE TABLE t (a BLOB); INSERT INTO t VALUES (x'00ff')", "SELECT a FROM t"),
     (
-        "interrupted",
+        "INSERT INTO t reads a table",
         "CREATE TABLE t (a INT); INSERT INTO t VALUES (1), (2), (3), (4), (5), (6), (7), (8), (9); "
         "INSERT INTO t SELECT a.a FROM t a, t b, t c, t d, t e, t f, t g, t h",
         "SELECT a FROM t",
@@ -168,6 +168,11 @@ UNUSABLE = [
         "not authorized",
         "CREATE TABLE t (a TEXT); INSERT INTO t VALUES (printf('%.*c', 900000000, 'x'))",
         "SELECT a FROM t",
+    ),
+    (
+        "leaves state to its DEFAULT",
+        "CREATE TABLE t (a INT, state TEXT DEFAULT 'open'); INSERT INTO t (a) VALUES (1)",
+        "SELECT a FROM t WHERE state = 'open'",
     ),
     ("only CREATE TABLE", "CREATE TABLE t (a INT); UPDATE t SET a = 1", "SELECT a FROM t"),
     ("not authorized", "CREATE TABLE t (a INT)", "DELETE FROM t WHERE a = 1"),
@@ -295,3 +300,15 @@ def test_what_prepare_drops_is_counted_and_told_and_what_it_keeps_can_be_scored(
 def test_when_every_row_is_unusable_the_first_is_told(prepared):
     with pytest.raises(Refusal, match=r"^no train rows out of 0; .*; 2 are unusable, the first: gretel.jsonl line 1: "):
         prepared([row("?", "CREATE TABLE t (a INT)", f"SELECT b FROM t LIMIT {n}") for n in (1, 2)], unusable="drop")
+
+
+BIG = "CREATE TABLE t (a BIGINT); INSERT INTO t VALUES (9223372036854775807), (9223372036854775807);"
+
+
+def test_a_reference_that_fails_only_when_it_runs_is_found_before_anything_is_trained():
+    rows = conversations(row("?", BIG, "SELECT a FROM t"), row("??", BIG, "SELECT SUM(a) FROM t"))
+    ((unusable, why),) = text_to_sql.unscorable(rows, options(unusable="drop"))
+    assert unusable is rows[1]
+    assert str(why) == (
+        "gretel.jsonl line 2: the reference query does not run: integer overflow; mend it or leave the row out"
+    )

@@ -177,8 +177,8 @@ data: {fetch: {source: path, path: data/own/rows.jsonl, sha256: null}, license: 
 task: {name: text_to_sql, rows: rows.jsonl, schemas: null, columns: {question: question, query: sql, schema: context},
   schema_as: ddl, instances: 2, seed: 0, unusable: refuse}
 prepare: {group_by: query, validation: 0.2, test: 0.25, rows: null, seed: 1}
-lora: {r: 4, alpha: 8, dropout: 0.0, target_modules: all-linear}
-merge: {max_shard_size: 2GB, rows: 4, max_kl: 0.5}
+lora: {r: 4, alpha: 8, dropout: 0.0, target_modules: all-linear, quantize: null}
+merge: {onto: trained, max_shard_size: 2GB, rows: 4, max_kl: 0.5}
 evaluate: {rows: null, shots: 2, max_new_tokens: 4}
 """
 
@@ -240,7 +240,7 @@ def clone(tmp_path_factory, tiny_model) -> Clone:
             shutil.copyfile(TOP / name, folder / name)
     params = yaml((TOP / "params.yaml").read_text()) | yaml(OVERRIDES)
     params["train"].update(epochs=1.0, batch_size=4, validations=2, order="shared")
-    params["machine"] = {"device": "cpu", "dtype": "float32", "tokens_per_pack": 512, "rows_per_batch": 8}
+    params["machine"] = {"device": "cpu", "devices": 1, "dtype": "float32", "tokens_per_pack": 512, "rows_per_batch": 8}
     with (folder / "params.yaml").open("w") as file:
         ruamel.yaml.YAML().dump(params, file)
     shutil.copytree(tiny_model, folder / "models/own/tiny")

@@ -10,7 +10,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from stages.models.packs import Segment, Sight
 
@@ -74,7 +74,9 @@ def _flash(
     """The same by PyTorch's flash attention over rows of different lengths: one kernel for all segments."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if sight.index is not None:
-        key, value = key.index_select(0, sight.index), value.index_select(0, sight.index)
+        # of keys that no segment sees the kernel leaves the gradient as it finds the memory
+        seen = (torch.arange(len(sight.index), device=key.device) < sight.keys[-1])[:, None, None]
+        key, value = (torch.where(seen, x.index_select(0, sight.index), 0) for x in (key, value))
     return varlen_attn(
         query,
         key,
@@ -87,6 +89,17 @@ def _flash(
         window_size=(-1 if window is None else window - 1, 0),
         **GROUPED,
     )
+
+
+def takes_flash(model: PreTrainedModel) -> bool:
+    """Whether the kernel serves this model here: on a GPU from Ampere on, in a 16-bit format, heads of at most 256,
+    and scores that nothing bounds, as Gemma 2 bounds its own."""
+    config = model.config.get_text_config()
+    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
+        return False
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return model.dtype in (torch.bfloat16, torch.float16) and size <= 256 and not capped
 
 
 @functools.lru_cache(maxsize=256)  # every layer asks for the same few

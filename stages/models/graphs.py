@@ -4,15 +4,17 @@ A decoder makes thousands of short kernels, and a processor needs longer to laun
 graph is launched whole. Its shapes are fixed, so packs are padded to the next of a few sizes.
 """
 
+import functools
 import sys
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.models.packs import Pack, Sight, padded
+from stages.models.packs import Pack, Sight, moved, padded
 
 KEYS = 4  # keys to a query, at most, where packs share beginnings
+MOST = 12  # sizes; each keeps a copy of the adapters' gradients
 
 
 def size_of(tokens: int) -> int:
@@ -51,6 +53,15 @@ class _Decoder(nn.Module):
         ).last_hidden_state[0]
 
 
+def own_gradients(model: nn.Module) -> None:
+    """Give each trained parameter a gradient to which others are added: without one, autograd would take the first
+    pack's tensor for it, a graph's memory (pytorch/pytorch#181723)."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    model.zero_grad = functools.partial(type(model).zero_grad, model, set_to_none=False)
+
+
 class Graphs:
     """The model's decoder, recorded at each size when a pack first needs it."""
 
@@ -64,15 +75,19 @@ class Graphs:
         self.pool = torch.cuda.graph_pool_handle()
 
     def hidden(self, piece: Pack) -> torch.Tensor | None:
-        """[size, H] of the pack, padding at its end; None where its segments do not fit a graph."""
+        """[size, H] of the pack, padding at its end; None where it does not fit a graph, or there are MOST already.
+
+        The backward pass writes the adapters' gradients to the graph's own memory, where the next pack of that size
+        overwrites them: they must be added to others (`own_gradients`).
+        """
         size = size_of(len(piece))
         shared = any(segment.shared_end for segment in piece.segments)
         segments = 8 + int((KEYS if shared else 1.5) * size / self.mean)
         inputs = padded(piece, size, segments, KEYS * size, self.longest)
-        if inputs is None:
+        key = size, shared
+        if inputs is None or (key not in self.recorded and len(self.recorded) == MOST):
             return None
-        inputs = tuple(x.pin_memory().to("cuda", non_blocking=True) for x in inputs)
-        key = size, len(inputs) == 5
+        inputs = tuple(moved(tensor, self.model.device) for tensor in inputs)
         if key not in self.recorded:
             decoder = _Decoder(self.model, self.longest).train()
             self.recorded[key] = torch.cuda.make_graphed_callables(

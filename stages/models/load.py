@@ -1,7 +1,7 @@
 """A model's folder in; the model ready for training or generation out, and the loss of packed rows through it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -10,10 +10,9 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from stages.models.attention import PACKED
-from stages.models.graphs import Graphs
+from stages.models.attention import PACKED, takes_flash
 from stages.models.loss import head_loss
-from stages.models.packs import Pack, pack
+from stages.models.packs import Pack, moved, pack
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -61,13 +60,12 @@ def round_to_nf4(model: PreTrainedModel) -> None:
 
 def _hidden(model: PreTrainedModel, piece: Pack) -> torch.Tensor:
     """[T, H], what the decoder makes of the pack's tokens; `model` must attend with PACKED."""
-    flash = piece.sight is not None and not is_capped(model)
     return model.get_decoder()(
         input_ids=piece.input_ids,
         position_ids=piece.position_ids,
         attention_mask=None,  # nor is one built for PACKED: `segments` says all there is to say
-        segments=None if flash else piece.segments,
-        sight=piece.sight if flash else None,
+        segments=None if piece.sight else piece.segments,
+        sight=piece.sight,
         use_cache=False,
     ).last_hidden_state[0]
 
@@ -76,18 +74,17 @@ def _softcap(model: PreTrainedModel) -> float | None:
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
-def is_capped(model: PreTrainedModel) -> bool:
-    """Whether the attention's scores are bounded, as Gemma 2's are, which flash attention cannot."""
-    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-
-
-def pack_loss(model: PreTrainedModel, piece: Pack, graphs: Graphs | None = None) -> torch.Tensor:
-    """Sum of the cross-entropy of the pack's supervised tokens, in nats."""
-    hidden = graphs.hidden(piece) if graphs else None
-    piece = piece.to(model.device)
-    hidden = _hidden(model, piece) if hidden is None else hidden
-    hidden = hidden.index_select(0, piece.places)  # the head is the costliest layer
-    return head_loss(hidden, model.get_output_embeddings(), piece.targets, _softcap(model)).sum()
+def pack_loss(
+    model: PreTrainedModel, piece: Pack, recorded: Callable[[Pack], torch.Tensor | None] = lambda piece: None
+) -> torch.Tensor:
+    """Sum of the cross-entropy of the pack's supervised tokens, in nats. `recorded` gives the hidden states where it
+    has a faster way to them."""
+    hidden = recorded(piece)
+    if hidden is None:
+        hidden = _hidden(model, piece.to(model.device, flash=takes_flash(model)))
+    places, targets = (moved(tensor, model.device) for tensor in (piece.places, piece.targets))
+    hidden = hidden.index_select(0, places)  # the head is the costliest layer
+    return head_loss(hidden, model.get_output_embeddings(), targets, _softcap(model)).sum()
 
 
 @torch.no_grad()
@@ -96,7 +93,7 @@ def row_losses(model: PreTrainedModel, rows: list[dict], tokens_per_pack: int) -
     nats, and how many there are."""
     found = {}
     for piece in pack(rows, tokens_per_pack):
-        on_device = piece.to(model.device)
+        on_device = piece.to(model.device, flash=takes_flash(model))
         hidden = _hidden(model, on_device).index_select(0, on_device.places)
         losses = head_loss(hidden, model.get_output_embeddings(), on_device.targets, _softcap(model)).double().cpu()
         for name, start, end in piece.rows:

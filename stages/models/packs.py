@@ -70,18 +70,21 @@ class Pack:
         """How many tokens the loss counts."""
         return len(self.targets)
 
-    def to(self, device: torch.device | str) -> "Pack":
-        """The pack on that device, nothing waited for."""
-        if torch.device(device).type == "cpu":
-            return self
-
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
+    def to(self, device: torch.device | str, flash: bool = False) -> "Pack":
+        """The pack on that device, nothing waited for; with `flash`, its segments as `sight`."""
         names = ("input_ids", "position_ids", "places", "targets")
-        seen = sight(self.segments)
-        seen = Sight(*(moved(value) if isinstance(value, torch.Tensor) else value for value in seen))
-        return dataclasses.replace(self, **{name: moved(getattr(self, name)) for name in names}, sight=seen)
+        laid = None
+        if flash:
+            laid = sight(self.segments)
+            laid = Sight(*(moved(value, device) if isinstance(value, torch.Tensor) else value for value in laid))
+        return dataclasses.replace(self, **{name: moved(getattr(self, name), device) for name in names}, sight=laid)
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on that device; a GPU fetches it when it comes to it."""
+    if torch.device(device).type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass

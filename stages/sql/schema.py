@@ -208,11 +208,13 @@ def from_ddl(text: str, name: str = "") -> Schema:
     tables: dict[str, dict[str, Kind]] = {}
     primary: dict[str, list[str]] = {}
     references: list[tuple[str, str, str, str | None]] = []
-    inserts = []
+    inserts: list[str] = []
+    defaults: dict[str, set[str]] = {}
     for statement in _parsed(where, text):
         if isinstance(statement, exp.Insert):
             for table in statement.find_all(exp.Table):
                 table.set("db", None)
+            _refuse_insert(where, statement, defaults)
             inserts.append(statement.sql(dialect="sqlite"))
             continue
         if isinstance(statement, exp.Create) and statement.kind == "VIEW":
@@ -223,10 +225,32 @@ def from_ddl(text: str, name: str = "") -> Schema:
         table = statement.this.this.name
         _refuse_twins(where, "tables", [*tables, table])
         tables[table] = _columns(where, table, statement.this)
+        defaults[table.lower()] = _defaults(statement.this)
         primary[table] = _declared_keys(statement.this)
         references += _declared_links(table, statement.this)
     primary = {table: columns for table, columns in primary.items() if columns}
     return _checked(name, tables, primary, _resolved(tables, primary, references), inserts)
+
+
+def _defaults(body: exp.Schema) -> set[str]:
+    """The columns, in lower case, that get a value where an INSERT leaves them out."""
+    columns = body.find_all(exp.ColumnDef)
+    return {column.name.lower() for column in columns if column.find(exp.DefaultColumnConstraint)}
+
+
+def _refuse_insert(where: str, statement: exp.Insert, defaults: dict[str, set[str]]) -> None:
+    """Refuse an INSERT that reads tables, since a few lines of it make rows without end, and one that leaves a column
+    to its DEFAULT, which the schema does not keep."""
+    target = statement.find(exp.Table)
+    if any(table is not target for table in statement.find_all(exp.Table)):
+        raise Refusal(f"{where}: INSERT INTO {target.name} reads a table; write out its rows or leave the row out")
+    if isinstance(statement.this, exp.Schema):
+        left_out = defaults.get(target.name.lower(), set()) - {
+            column.name.lower() for column in statement.this.expressions
+        }
+        if left_out:
+            names = ", ".join(sorted(left_out))
+            raise Refusal(f"{where}: INSERT INTO {target.name} leaves {names} to its DEFAULT; write the value out")
 
 
 def _parsed(where: str, text: str) -> list[exp.Expression]:

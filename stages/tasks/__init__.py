@@ -11,6 +11,8 @@ It defines
 
 and may define
 
+- `unscorable(conversations, options)`, which yields of the test rows those that no answer can be scored against, each
+  with the Refusal that says why, or raises it;
 - `score_and_show(conversations, answers, options)`, which yields for each answer its scores and a JSON value that shows
   a person why they are what they are; it stands in data/answers as `shown`.
 

@@ -18,7 +18,7 @@ from stages.rows import Record, Text
 from stages.sql.comparison import is_ordered, is_telling, verdict
 from stages.sql.difficulty import CLASSES, difficulty
 from stages.sql.excerpt import excerpt
-from stages.sql.execution import Rows, Sandbox
+from stages.sql.execution import Outcome, Rows, Sandbox
 from stages.sql.instances import Instance, fill, given
 from stages.sql.normal import complaint, key, normal
 from stages.sql.schema import Schema, from_ddl, from_spider
@@ -155,12 +155,7 @@ def score_and_show(
     with Sandbox(SECONDS_A_QUERY) as sandbox:
         for row, answer in zip(conversations, map(query, answers), strict=True):
             schema, instances = databases[_identity(row)]
-            gold = sandbox.run_all(instances, row.context["gold"])
-            if not all(isinstance(outcome, Rows) and not outcome.truncated for outcome in gold):
-                why = "it returns more rows than are compared"
-                if not isinstance(gold[-1], Rows):
-                    why = getattr(gold[-1], "message", f"it takes over {SECONDS_A_QUERY:g} seconds")
-                raise Refusal(f"{row.where}: the reference query does not run: {why}; mend it or leave the row out")
+            gold = _gold(sandbox, instances, row)
             outcomes = sandbox.run_all(instances, answer)
             found = verdict(gold, outcomes, is_ordered(row.context["gold"]))
             scores = {
@@ -176,6 +171,31 @@ def score_and_show(
                 scores,
                 {"instance": place, "reference": excerpt(gold[place]), "answer": excerpt(outcomes[place])},
             )
+
+
+def unscorable(conversations: list[Conversation], options: Options) -> Iterator[tuple[Conversation, Refusal]]:
+    """Yield those rows whose reference does not run on every instance of its schema, with the reason."""
+    databases = _databases(conversations, options)
+    with Sandbox(SECONDS_A_QUERY) as sandbox:
+        for row in conversations:
+            _, instances = databases[_identity(row)]
+            try:
+                _gold(sandbox, instances, row)
+            except Refusal as refusal:
+                if options.unusable == "refuse":
+                    raise
+                yield row, refusal
+
+
+def _gold(sandbox: Sandbox, instances: list[Instance], row: Conversation) -> list[Outcome]:
+    """What the row's reference shows on each instance; raises Refusal where it does not run on one."""
+    gold = sandbox.run_all(instances, row.context["gold"])
+    if all(isinstance(outcome, Rows) and not outcome.truncated for outcome in gold):
+        return gold
+    why = "it returns more rows than are compared"
+    if not isinstance(gold[-1], Rows):
+        why = getattr(gold[-1], "message", f"it takes over {SECONDS_A_QUERY:g} seconds")
+    raise Refusal(f"{row.where}: the reference query does not run: {why}; mend it or leave the row out")
 
 
 def facets(row: Conversation) -> dict[str, str]:
