@@ -17,7 +17,14 @@ from pathlib import Path
 
 import pyarrow.parquet
 import torch
-from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from stages.models.generate import attention_for_generation, generate
 from stages.models.load import load_model
@@ -56,12 +63,16 @@ def random_model(name: str, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
+def stops_of(folder: Path) -> set[int]:
+    stops = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    return {stops} if isinstance(stops, int) else set(stops)
+
+
 def ours(folder: Path, machine, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
     """Rows a minute, and the answers' tokens; the model is loaded and warm."""
     model = load_model(folder, machine.device, machine.dtype)
     model.set_attn_implementation(attention_for_generation(model))
-    stops = model.generation_config.eos_token_id
-    stops = {stops} if isinstance(stops, int) else set(stops)
+    stops = stops_of(folder)
     generate(model, prompts[:2], stops, 4, machine.rows_per_batch)
     began = time.monotonic()
     found = generate(model, prompts, stops, NEW, machine.rows_per_batch)
@@ -78,6 +89,20 @@ def theirs(folder: Path, machine, texts: list[str]) -> tuple[float, list[str]]:
     began = time.monotonic()
     answers = [write(text, **options)[0]["generated_text"] for text in texts]
     return 60 * len(texts) / (time.monotonic() - began), answers
+
+
+def continuous(folder: Path, machine, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
+    """Rows a minute of transformers' continuous batching, and the answers' tokens in the order of the prompts."""
+    model = load_model(folder, machine.device, machine.dtype, attention="sdpa")
+    config = GenerationConfig(
+        max_new_tokens=NEW, do_sample=False, eos_token_id=model.generation_config.eos_token_id, pad_token_id=0
+    )
+    model.generate_batch(prompts[:2], generation_config=config, max_new_tokens=4)
+    began = time.monotonic()
+    found = model.generate_batch(prompts, generation_config=config)
+    rate = 60 * len(prompts) / (time.monotonic() - began)
+    by_number = sorted(found.values(), key=lambda one: int(one.request_id.rsplit("_", 1)[1]))
+    return rate, [list(one.generated_tokens) for one in by_number]
 
 
 def main(arguments: list[str]) -> None:
@@ -101,8 +126,11 @@ def main(arguments: list[str]) -> None:
         first, answers = theirs(folder, machine, texts)
         rate, tokens = ours(folder, machine, prompts)
         last, _ = theirs(folder, machine, texts)
+        batched, batched_tokens = continuous(folder, machine, prompts)
+        stops = stops_of(folder)
         mine = [tokenizer.decode(tokens[i], skip_special_tokens=True) for i in sample]
     same = sum(a.strip() == b.strip() for a, b in zip(mine, answers, strict=True))
+    alike = sum(set(a[len(b) :]) <= stops and a[: len(b)] == b for a, b in zip(batched_tokens, tokens, strict=True))
     found = {
         f"rows_per_minute_ratio_{machine.device.replace('cuda', 'gpu')}": round(rate / max(first, last), 1),
         f"generation_{machine.device.replace('cuda', 'gpu')}": {
@@ -114,6 +142,8 @@ def main(arguments: list[str]) -> None:
             "pipeline_rows": len(sample),
             "pipeline_rows_per_minute": [round(first, 1), round(last, 1)],
             "same_answers_of_the_sample": same,
+            "continuous_batching_rows_per_minute": round(batched, 1),
+            "continuous_batching_same_answers": alike,
         },
     }
     print(json.dumps(found, indent=2))

@@ -312,3 +312,15 @@ def test_a_reference_that_fails_only_when_it_runs_is_found_before_anything_is_tr
     assert str(why) == (
         "gretel.jsonl line 2: the reference query does not run: integer overflow; mend it or leave the row out"
     )
+
+
+def test_test_rows_that_cannot_be_scored_stop_prepare_or_are_dropped_and_counted(prepared):
+    bad = [row(f"{n}?", BIG, f"SELECT SUM(a) FROM t LIMIT {n}") for n in range(1, 13)]
+    good = [row(question, context, query) for question, context, query, _, _ in ROWS]
+    with pytest.raises(Refusal, match=r"^gretel.jsonl line \d+: the reference query does not run: integer overflow"):
+        prepared(bad + good)
+    metrics = prepared(bad + good, unusable="drop")
+    tested = list(read(Path("data/conversations/test.jsonl")))
+    assert metrics["unusable"] > 0 and metrics["test_rows"] == len(tested) > 0
+    assert not any("SUM(a)" in row.reference for row in tested)
+    assert "integer overflow" in Path("data/conversations/unusable.txt").read_text()

@@ -16,8 +16,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from stages.models.graphs import size_of
-from stages.models.load import mean_loss, pack_loss, packed_logits, row_losses
+from stages.models.attention import takes_flash
+from stages.models.graphs import own_gradients, size_of
+from stages.models.load import _hidden, mean_loss, pack_loss, packed_logits, row_losses
 from stages.models.loss import head_loss
 from stages.models.packs import IGNORED, SHARED_AT_LEAST, Sight, pack, padded, sight
 from stages.models.schedule import schedule
@@ -246,12 +247,58 @@ def test_a_pack_padded_to_a_fixed_size_gives_the_same_hidden_states(monkeypatch)
         torch.testing.assert_close(found, packed_logits(model, piece, slice(None)), rtol=1e-4, atol=1e-5)
 
 
-def test_bounded_scores_stay_bounded_where_a_gpus_attention_could_not(monkeypatch):
-    monkeypatch.setattr("stages.models.attention.varlen_attn", flash)
-    model = FAMILIES["gemma2"]().eval()
-    (piece,) = pack(rows(), 10_000)
-    found = packed_logits(model, dataclasses.replace(piece, sight=sight(piece.segments)), slice(None))
-    assert torch.equal(found, packed_logits(model, piece, slice(None)))
+class _Leave(torch.autograd.Function):
+    """The keys as they are, and a gradient that is not a number for those that no segment sees: the GPU's kernel
+    leaves that memory as it finds it."""
+
+    @staticmethod
+    def forward(ctx, keys, seen: int):
+        ctx.seen = seen
+        return keys.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        gradient[ctx.seen :] = float("nan")
+        return gradient, None
+
+
+def test_padding_gives_no_gradient_whatever_the_kernel_leaves_behind(monkeypatch):
+    def leaving(query, key, value, queries, keys, *more, **options):
+        key, value = (_Leave.apply(x, int(keys[-1])) for x in (key, value))
+        return flash(query, key, value, queries, keys, *more, **options)
+
+    monkeypatch.setattr("stages.models.attention.varlen_attn", leaving)
+    model = FAMILIES["gemma3"]()
+    (piece,) = pack(rows()[:8], 10_000)
+    assert any(segment.shared_end for segment in piece.segments)
+    longest = max(segment.end - segment.start + segment.shared_end for segment in piece.segments)
+    ids, positions, queries, keys, index = padded(piece, 1024, 60, 4096, longest)
+    laid = Sight(queries, keys, index, longest, longest)
+    gradients = []
+    for one in (piece, dataclasses.replace(piece, input_ids=ids, position_ids=positions, sight=laid)):
+        model.zero_grad()
+        pack_loss(model, piece, lambda _, one=one: _hidden(model, one)).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_gradients_are_added_to_tensors_that_stay_the_same():
+    layer = torch.nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    own_gradients(layer)
+    held = layer.weight.grad
+    layer(torch.ones(1, 3)).sum().backward()
+    assert layer.weight.grad is held and held.sum() == 6
+    layer.zero_grad()
+    assert layer.weight.grad is held and held.sum() == 0
+    assert layer.bias.grad is None
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama"])
+def test_a_processor_does_not_take_the_kernel_of_a_gpu(family):
+    assert not takes_flash(FAMILIES[family]())
 
 
 def test_a_pack_that_does_not_fit_the_fixed_size_is_not_padded():

@@ -1,0 +1,54 @@
+"""Recorded passes on a GPU: the gradients of the same packs without recording, whatever comes after one another."""
+
+import random
+
+import pytest
+import torch
+
+from stages.models.graphs import Graphs, own_gradients
+from stages.models.load import load_model, pack_loss
+from stages.models.lora import add_adapters, fuse
+from stages.models.packs import IGNORED, pack
+from stages.params import Lora
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def rows(count: int, shared: int, chance: random.Random) -> list[dict]:
+    beginning = [chance.randrange(6, 60) for _ in range(shared)]
+    made = []
+    for number in range(count):
+        prompt = beginning + [chance.randrange(6, 60) for _ in range(chance.randint(8, 30))]
+        answer = [chance.randrange(6, 60) for _ in range(chance.randint(2, 8))]
+        labels = [IGNORED] * len(prompt) + answer
+        made.append({"id": str(number), "input_ids": prompt + answer, "labels": labels, "prompt_tokens": len(prompt)})
+    return made
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("shared", [0, 60])
+def test_several_packs_of_one_size_give_the_gradients_of_the_unrecorded_pass(tiny_model, shared, quantize):
+    lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", quantize=quantize)
+    chance = random.Random(0)
+    packs = [pack(rows(6, shared, chance), 10_000)[0] for _ in range(4)]
+    found = []
+    for recording in (False, True):
+        base = load_model(tiny_model, "cuda", torch.bfloat16, quantize=quantize)
+        model = add_adapters(base, lora, seed=0).train()
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator("cuda").manual_seed(0))
+        fuse(model)
+        own_gradients(model)
+        recorded = Graphs(base, rows(6, shared, random.Random(0))).hidden if recording else lambda piece: None
+        losses = []
+        for piece in packs:
+            loss = pack_loss(base, piece, recorded)
+            loss.backward()
+            losses.append(loss.item())
+        found.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}))
+    (plain_losses, plain), (losses, gradients) = found
+    assert losses == pytest.approx(plain_losses, rel=0.01)
+    for name, gradient in plain.items():
+        assert gradient.norm() > 0 and gradient.dtype == torch.float32, name
+        assert (gradients[name] - gradient).norm() < 0.05 * gradient.norm(), name
