@@ -8,11 +8,14 @@ rows_per_minute_ratio_cpu or _gpu to bench/results/evaluation.json. The pipeline
 is the same for each. Random weights do not stop, so there both write all 80 tokens.
 """
 
+import importlib.util
 import json
+import multiprocessing
 import random
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet
@@ -26,6 +29,8 @@ from transformers import (
     pipeline,
 )
 
+from stages.evaluate import stops_of
+from stages.models import vllm_engine
 from stages.models.generate import attention_for_generation, generate
 from stages.models.load import load_model
 from stages.models.machine import resolve
@@ -61,11 +66,6 @@ def random_model(name: str, folder: Path) -> None:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-
-
-def stops_of(folder: Path) -> set[int]:
-    stops = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    return {stops} if isinstance(stops, int) else set(stops)
 
 
 def ours(folder: Path, machine, prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
@@ -105,8 +105,34 @@ def continuous(folder: Path, machine, prompts: list[list[int]]) -> tuple[float, 
     return rate, [list(one.generated_tokens) for one in by_number]
 
 
+def by_vllm(folder: Path, machine, prompts: list[list[int]]) -> dict[str, float | list]:
+    """vLLM from its start, which compiles, again from what it kept, and with all prompts; {} where it is missing."""
+    if importlib.util.find_spec("vllm") is None:
+        return {}
+    device = machine.devices[0]
+    seconds = []
+    for some in (prompts[:2], prompts[:2], prompts):
+        began = time.monotonic()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            dtype = str(machine.dtype).removeprefix("torch.")
+            found = pool.submit(vllm_engine.answer, folder, device, dtype, some, stops_of(folder), NEW, never).result()
+        seconds.append(time.monotonic() - began)
+    first, again, whole = seconds
+    return {
+        "vllm_start_seconds": [round(first, 1), round(again, 1)],
+        "vllm_rows_per_minute": round(60 * len(prompts) / (whole - again), 1),
+        "tokens": [answer.tokens for answer in found],
+    }
+
+
+def never(tokens: list[int]) -> bool:
+    return False
+
+
 def main(arguments: list[str]) -> None:
-    machine = resolve(Machine(device="auto", devices=1, dtype="auto", tokens_per_pack="auto", rows_per_batch="auto"))
+    machine = resolve(
+        Machine(device="auto", devices=1, dtype="auto", tokens_per_pack="auto", rows_per_batch="auto", engine="batches")
+    )
     with tempfile.TemporaryDirectory() as scratch:
         if arguments[0] in SHAPES:
             folder = Path(scratch)
@@ -127,10 +153,13 @@ def main(arguments: list[str]) -> None:
         rate, tokens = ours(folder, machine, prompts)
         last, _ = theirs(folder, machine, texts)
         batched, batched_tokens = continuous(folder, machine, prompts)
+        vllm = by_vllm(folder, machine, prompts)
         stops = stops_of(folder)
         mine = [tokenizer.decode(tokens[i], skip_special_tokens=True) for i in sample]
     same = sum(a.strip() == b.strip() for a, b in zip(mine, answers, strict=True))
     alike = sum(set(a[len(b) :]) <= stops and a[: len(b)] == b for a, b in zip(batched_tokens, tokens, strict=True))
+    if vllm:
+        vllm["vllm_same_answers"] = sum(a == b for a, b in zip(vllm.pop("tokens"), tokens, strict=True))
     found = {
         f"rows_per_minute_ratio_{machine.device.replace('cuda', 'gpu')}": round(rate / max(first, last), 1),
         f"generation_{machine.device.replace('cuda', 'gpu')}": {
@@ -144,6 +173,7 @@ def main(arguments: list[str]) -> None:
             "same_answers_of_the_sample": same,
             "continuous_batching_rows_per_minute": round(batched, 1),
             "continuous_batching_same_answers": alike,
+            **vllm,
         },
     }
     print(json.dumps(found, indent=2))

@@ -154,7 +154,14 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
     folder = folder_of(model)
     marks = Marks()
     machine = resolve(
-        Machine(dtype="bfloat16", device="auto", devices=1, tokens_per_pack=tokens_per_pack, rows_per_batch="auto")
+        Machine(
+            dtype="bfloat16",
+            device="auto",
+            devices=1,
+            tokens_per_pack=tokens_per_pack,
+            rows_per_batch="auto",
+            engine="batches",
+        )
     )
     lora = Lora(r=16, alpha=16.0, dropout=0.0, target_modules="all-linear", quantize=quantize)
     adapted = add_adapters(load_model(folder, machine.device, machine.dtype, quantize=quantize), lora, 0)

@@ -19,9 +19,10 @@ from pathlib import Path
 import pyarrow.parquet
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from stages import conversation, timing
+from stages.models import vllm_engine
 from stages.models.generate import Answer, attention_for_generation, generate
 from stages.models.load import load_model, mean_loss, row_losses
 from stages.models.machine import Resolved, resolve
@@ -30,33 +31,53 @@ from stages.params import Params, load
 from stages.refusal import run
 
 
+def stops_of(folder: Path) -> set[int]:
+    stops = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    return {stops} if isinstance(stops, int) else set(stops)
+
+
+def completeness(folder: Path, params: Params) -> Callable[[list[int]], bool]:
+    """Whether the task says of an answer's tokens that more of them would not count."""
+    task = importlib.import_module(f"stages.tasks.{params.task.name}")
+    if not hasattr(task, "complete"):
+        return lambda tokens: False
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return lambda tokens: task.complete(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
 def answer(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
     params: Params,
     machine: Resolved,
     prompts: list[list[int]],
     on_batch: Callable[[int], None] = lambda rows: None,
 ) -> list[Answer]:
-    task = importlib.import_module(f"stages.tasks.{params.task.name}")
-    complete = getattr(task, "complete", lambda text: False)
-    stops = model.generation_config.eos_token_id
     model.set_attn_implementation(attention_for_generation(model))
     return generate(
         model,
         prompts,
-        {stops} if isinstance(stops, int) else set(stops),
+        stops_of(folder),
         params.evaluate.max_new_tokens,
         machine.rows_per_batch,
-        complete=lambda tokens: complete(tokenizer.decode(tokens, skip_special_tokens=True)),
+        complete=completeness(folder, params),
         on_batch=on_batch,
     )
 
 
 def answer_on(device: str, folder: Path, params: Params, machine: Resolved, prompts: list[list[int]]) -> list[Answer]:
     """What a process of its own does: load the model on its device and answer its share."""
-    model = load_model(folder, device, machine.dtype)
-    return answer(model, AutoTokenizer.from_pretrained(folder, local_files_only=True), params, machine, prompts)
+    if machine.engine == "batches":
+        return answer(load_model(folder, device, machine.dtype), folder, params, machine, prompts)
+    return vllm_engine.answer(
+        folder,
+        device,
+        str(machine.dtype).removeprefix("torch."),
+        prompts,
+        stops_of(folder),
+        params.evaluate.max_new_tokens,
+        completeness(folder, params),
+    )
 
 
 def answer_on_all(
@@ -94,11 +115,11 @@ def main(arguments: list[str]) -> None:
     prompts = [encoded[row.id]["input_ids"][: encoded[row.id]["prompt_tokens"]] for row in rows]
     generating = time.monotonic()
     with tqdm(total=len(rows), unit="answer", file=sys.stderr, mininterval=1.0) as bar:
-        if len(machine.devices) == 1:
-            found = answer(model, tokenizer, params, machine, prompts, bar.update)
+        if len(machine.devices) == 1 and machine.engine == "batches":
+            found = answer(model, folder, params, machine, prompts, bar.update)
         else:
             del model
-            torch.cuda.empty_cache()  # the first GPU's worker needs the room
+            torch.cuda.empty_cache()  # the worker of this GPU needs the room
             found = answer_on_all(folder, params, machine, prompts, bar.update)
     generated = time.monotonic()
     texts = [tokenizer.decode(answer.tokens, skip_special_tokens=True).strip() for answer in found]

@@ -1,5 +1,6 @@
 """The stage from a tiny model and a data set of quotations to answers and their scores."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import encode, evaluate, prepare
+from stages.refusal import Refusal
 from stages.tasks import quotes
 
 QUOTES = {"name": "quotes", "rows": "mine.jsonl", "given_words": 3, "longest": 400}
@@ -19,7 +21,14 @@ ARGUMENTS = [
     "data/answers/base.jsonl",
     "metrics/base.json",
 ]
-MACHINE = {"device": "cpu", "devices": 1, "dtype": "float32", "tokens_per_pack": 64, "rows_per_batch": 4}
+MACHINE = {
+    "device": "cpu",
+    "devices": 1,
+    "dtype": "float32",
+    "tokens_per_pack": 64,
+    "rows_per_batch": 4,
+    "engine": "batches",
+}
 
 
 @pytest.fixture
@@ -137,3 +146,9 @@ def test_rows_split_over_several_devices_are_answered_and_scored_the_same(stage)
     answers, metrics = stage()
     assert stage(machine={**MACHINE, "devices": 2}) == (answers, metrics)
     assert len({answer["answer"] for answer in answers}) > 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="it is installed")
+def test_an_engine_that_is_not_installed_is_refused_with_what_to_install(stage):
+    with pytest.raises(Refusal, match="vllm, which is not installed; set it to batches"):
+        stage(**{"machine.engine": "vllm"})

@@ -6,6 +6,7 @@ from conftest import write_tiny_model
 from transformers import AutoModelForCausalLM
 
 from stages.models.generate import Answer, attention_for_generation, generate
+from stages.models.vllm_engine import ended
 
 LENGTHS = [3, 40, 7, 25, 12, 3, 31, 18, 5, 22]
 NEW = 24
@@ -116,3 +117,11 @@ def test_a_beginning_that_all_prompts_share_is_computed_once_and_changes_no_answ
 def test_an_answer_that_is_complete_ends_there_and_has_not_stopped(model, prompts, unstopped):
     found = generate(model, prompts, set(), NEW, 4, complete=lambda tokens: len(tokens) == 5)
     assert found == [Answer(answer.tokens[:5], False) for answer in unstopped]
+
+
+def test_what_vllm_gives_ends_where_batches_would_have_ended_it():
+    stops, three = {9}, lambda tokens: len(tokens) == 3
+    assert ended([5, 6, 9], stops, three) == Answer([5, 6], True)
+    assert ended([5, 6], stops, three) == Answer([5, 6], False)
+    assert ended([5, 6, 7, 8, 9], stops, three) == ended([5, 6, 7, 9], stops, three) == Answer([5, 6, 7], False)
+    assert ended([9], stops, three) == Answer([], True)

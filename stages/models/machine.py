@@ -1,6 +1,7 @@
 """`machine: auto` resolved: the device, the number format and the sizes that suit what this machine has."""
 
 import ctypes
+import importlib.util
 import statistics
 import time
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Resolved:
     dtype: torch.dtype
     tokens_per_pack: int
     rows_per_batch: int
+    engine: str
 
 
 def resolve(machine: Machine) -> Resolved:
@@ -44,7 +46,12 @@ def resolve(machine: Machine) -> Resolved:
     devices = tuple(f"cuda:{number}" for number in range(count)) if device == "cuda" else (device,) * count
     tokens = TOKENS_PER_PACK[device] if machine.tokens_per_pack == "auto" else machine.tokens_per_pack
     rows = ROWS_PER_BATCH[device] if machine.rows_per_batch == "auto" else machine.rows_per_batch
-    return Resolved(device, devices, dtype, tokens, rows)
+    if machine.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise Refusal(
+            "params.yaml: machine.engine is vllm, which is not installed; set it to batches, or: pip install "
+            "vllm==0.32.0"
+        )
+    return Resolved(device, devices, dtype, tokens, rows, machine.engine)
 
 
 def _keep_freed_memory() -> None:
