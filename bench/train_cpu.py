@@ -1,0 +1,178 @@
+"""The default run's training on a CPU beside TRL's own and beside plain transformers, each in its own process.
+
+    python -m bench.train_cpu FOLDER [VARIANT …]
+
+FOLDER is a repository in which the pipeline has run up to encode, with its params.yaml. The first 50 steps of the
+default schedule (TRL: 10 steps of as many rows, of which the first two are not timed); the first variant again at the
+end, to show drift. `plain` is what the others must agree with: float32, transformers' eager attention, a row at a time,
+torch's AdamW. Writes bench/results/train_cpu.json.
+"""
+
+import stages.models.quiet  # noqa: F401, I001 - before what it quiets
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from trl import SFTConfig, SFTTrainer
+
+from bench.cpu_formats import cpu
+from bench.train import Counter, Marks
+from stages import timing, train
+from stages.models.load import load_model
+from stages.models.lora import add_adapters, fuse
+from stages.models.machine import resolve
+from stages.models.schedule import schedule
+from stages.outputs import write_json
+from stages.params import Params, load
+
+RESULTS = Path(__file__).parent / "results/train_cpu.json"
+STEPS, TRL_STEPS, WARM = 50, 10, 2
+
+
+def ours(folder: Path, params: Params, rows: list[dict], dtype: str = "auto", order: str = "shared") -> dict:
+    machine = resolve(params.machine.model_copy(update={"dtype": dtype}))
+    model = add_adapters(load_model(folder, "cpu", machine.dtype), params.lora, params.train.seed)
+    fuse(model)
+    steps = math.ceil(len(rows) / params.train.batch_size)
+    settings = params.train.model_copy(update={"epochs": (STEPS - 0.5) / steps, "order": order, "validations": 1})
+    marks = Marks()
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        trainer = train.Trainer(model, tokenizer, settings, machine, rows, rows[:1], scratch)
+        trainer.add_callback(marks)
+        trainer.train()
+    points = [point for point in trainer.history if "loss" in point]
+    return {
+        "format": str(machine.dtype).removeprefix("torch."),
+        **rate(marks, [sum(len(rows[i]["input_ids"]) for i in one["rows"]) for one in trainer.train_dataset]),
+        "losses": [point["loss"] for point in points],
+        "gradient_norms": [point["gradient_norm"] for point in points],
+    }
+
+
+def plain(folder: Path, params: Params, rows: list[dict]) -> dict:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = add_adapters(model, params.lora, params.train.seed).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, params.train.learning_rate, weight_decay=params.train.weight_decay)
+    warm = math.ceil(params.train.warmup_ratio * STEPS)
+    rates = get_scheduler(params.train.schedule, optimizer, warm, STEPS)
+    marks, counted, losses, norms = Marks(), [], [], []
+    for step in schedule(rows, params.train.batch_size, 1.0, params.train.seed, "shared")[:STEPS]:
+        supervised = sum(label != -100 for i in step for label in rows[i]["labels"])
+        total = 0.0
+        for i in step:
+            ids, labels = (torch.tensor([rows[i][name]]) for name in ("input_ids", "labels"))
+            logits = model(input_ids=ids).logits[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum") / supervised
+            loss.backward()
+            total += float(loss)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, params.train.max_grad_norm)))
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        counted.append(sum(len(rows[i]["input_ids"]) for i in step))
+        marks.times.append(time.monotonic())
+    return {"format": "float32", **rate(marks, counted), "losses": losses, "gradient_norms": norms}
+
+
+def trl(folder: Path, params: Params, rows: list[dict], bf16: bool) -> dict:
+    """TRL's trainer with its own defaults, at the same rows a step, rank and learning rate."""
+    marks = Marks()
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = SFTConfig(
+            output_dir=scratch,
+            bf16=bf16,
+            use_cpu=True,
+            per_device_train_batch_size=params.train.batch_size,
+            learning_rate=params.train.learning_rate,
+            max_steps=TRL_STEPS,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        made = [
+            {"input_ids": row["input_ids"], "completion_mask": [int(label != -100) for label in row["labels"]]}
+            for row in rows
+        ]
+        lora = LoraConfig(r=params.lora.r, lora_alpha=params.lora.alpha, target_modules="all-linear")
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+            args=arguments,
+            train_dataset=Dataset.from_list(made),
+            processing_class=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+            callbacks=[marks, counter := Counter()],
+            peft_config=lora,
+        )
+        counter.trainer = trainer
+        trainer.train()
+    counted = [after - before for before, after in itertools.pairwise([0, *counter.seen])]
+    return {"format": str(dtype).removeprefix("torch."), **rate(marks, counted)}
+
+
+def rate(marks: Marks, tokens: list[int]) -> dict:
+    """Tokens of rows, padding aside, a second, over all steps but the first two."""
+    return {
+        "tokens_per_second": round(sum(tokens[WARM:]) / (marks.times[-1] - marks.times[WARM - 1]), 1),
+        "first_step_seconds": round(marks.times[0] - marks.began, 1),
+        "peak_gib": timing.peak_gib(),
+    }
+
+
+VARIANTS = {
+    "ours": ours,
+    "ours-float32": lambda *given: ours(*given, dtype="float32"),
+    "ours-bfloat16": lambda *given: ours(*given, dtype="bfloat16"),
+    "ours-shuffled": lambda *given: ours(*given, order="shuffled"),
+    "trl": lambda *given: trl(*given, bf16=True),
+    "trl-float32": lambda *given: trl(*given, bf16=False),
+    "plain": plain,
+}
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[0] == "one":
+        source = Path(arguments[1])
+        rows = pyarrow.parquet.read_table(source / "data/tokens/train.parquet").to_pylist()
+        found = VARIANTS[arguments[2]](source / "models/base", load(source / "params.yaml"), rows)
+        print("RESULT " + json.dumps(found))
+        return
+    names = arguments[1:] or list(VARIANTS)
+    found = []
+    for name in [*names, names[0]]:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.train_cpu", "one", arguments[0], name], stdout=subprocess.PIPE, text=True
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        result = json.loads(lines[0][7:]) if lines else {"missing": f"exit status {done.returncode}"}
+        found.append({"variant": name, "model": "Gemma 3 270M", **result})
+        print({key: value for key, value in found[-1].items() if not isinstance(value, list)}, file=sys.stderr)
+    right = next((one["losses"] for one in found if one["variant"] == "plain" and "losses" in one), None)
+    for one in found:
+        losses, norms = one.pop("losses", None), one.pop("gradient_norms", None)
+        if losses:
+            one["smallest_gradient_norm"] = min(norms)
+            one["last_loss"] = round(losses[-1], 5)
+        if losses and right and one["variant"] != "ours-shuffled":  # other rows a step
+            apart = [abs(a - b) for a, b in zip(losses, right, strict=True)]
+            one["loss_difference"] = {"mean": round(sum(apart) / len(apart), 6), "max": round(max(apart), 6)}
+    write_json(RESULTS, {"machine": {"cpu": cpu(), "threads": torch.get_num_threads()}, "rows": found})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
