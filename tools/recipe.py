@@ -4,7 +4,8 @@
     python -m tools.recipe quotes
     git checkout params.yaml                undoes it
 
-A section's keys are replaced one by one; task, whose keys are those of one task, as a whole.
+A section's keys are replaced one by one; task, whose keys are those of one task, as a whole. A recipe that says
+`over: NAME` is laid over that one.
 """
 
 import difflib
@@ -25,13 +26,15 @@ RECIPES = Path("recipes")
 
 
 def laid_over(params: str, recipe: str) -> str:
-    """The text of params.yaml with the recipe's values."""
+    """The text of params.yaml with the recipe's values; `over` is left to `applied`."""
     yaml = YAML()  # keeps comments
     yaml.width = 4096
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     values = yaml.load(params)
     for section, keys in yaml.load(recipe).items():
+        if section == "over":
+            continue
         if section == "task":
             values[section] = keys
         else:
@@ -40,6 +43,13 @@ def laid_over(params: str, recipe: str) -> str:
     yaml.dump(values, text)
     # an empty line belongs to the value before it, which may have been replaced
     return re.sub(r"\n+(?=[a-z]+:)", "\n\n", re.sub(r"\n\n+(?= )", "\n", text.getvalue()))
+
+
+def applied(params: str, recipe: Path) -> str:
+    """The text of params.yaml with the values of the recipe, and before them of the one that it goes over."""
+    text = recipe.read_text(encoding="utf-8")
+    under = YAML(typ="safe").load(text).get("over")
+    return laid_over(applied(params, recipe.with_name(f"{under}.yaml")) if under else params, text)
 
 
 def title(recipe: Path) -> str:
@@ -69,7 +79,7 @@ def main(arguments: list[str]) -> None:
     if not saved():
         raise Refusal(f"{PARAMS}: holds changes that git does not, which the recipe might lose; git commit them first")
     before = PARAMS.read_text(encoding="utf-8")
-    after = laid_over(before, known[arguments[0]].read_text(encoding="utf-8"))
+    after = applied(before, known[arguments[0]])
     with new_file(PARAMS) as partial:
         partial.write_text(after, encoding="utf-8")
         load(partial)
