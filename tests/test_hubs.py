@@ -46,7 +46,7 @@ SOURCES = {"hub": hub, "modelscope": modelscope}
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Both hubs on this machine, as the environment names them; no waits, no tokens; the tests run in an empty folder."""
+    """Both hubs on this machine, named by the environment; no waits, no tokens; the tests run in an empty folder."""
     server = Hub()
     for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "HF_HUB_OFFLINE", "MODELSCOPE_DOMAIN", "DVC_ROOT"):
         monkeypatch.delenv(name, raising=False)
@@ -441,7 +441,9 @@ def test_a_server_that_stays_busy_is_asked_six_times(server, source, folder, whe
     ("headers", "seconds"),
     [({"Retry-After": "7"}, 7), ({"RateLimit": '"api";r=0;t=55'}, 55), ({"Retry-After": "86400"}, 300)],
 )
-def test_the_wait_that_a_server_asks_for_is_kept_up_to_five_minutes(server, source, folder, monkeypatch, headers, seconds):
+def test_the_wait_that_a_server_asks_for_is_kept_up_to_five_minutes(
+    server, source, folder, monkeypatch, headers, seconds
+):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     server.faults["listing"] = [Fault(status=429, headers=headers)]
@@ -466,7 +468,7 @@ def test_a_disk_without_room_is_refused_before_anything_comes(server, source, fo
     usage = transfer.shutil.disk_usage("/")._replace(free=sum(map(len, TOY.values())) - len(WEIGHTS) - 1)
     monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: usage)
     line = refused(source, commit, folder)
-    assert "the disk has 0.0 GB left" in line
+    assert "its disk has 0.0 GB left" in line
     assert not any("#bytes" in path for _, path, _ in server.asked)
 
 
@@ -505,12 +507,9 @@ def test_two_downloads_into_one_place_do_not_mix(server, source, folder):
 # the stage
 
 
-def write(top: Path, source: str, commit: str, **values) -> None:
+def model_of(source: str, commit: str, **values) -> params.Model:
     fetched = {"source": source, "repository": NAME, "revision": commit, "files": "auto"}
-    section = {"fetch": fetched, "chat_template": None, **values}
-    model = params.Model.model_validate(section)
-    top.mkdir(exist_ok=True)
-    return model
+    return params.Model.model_validate({"fetch": fetched, "chat_template": None, **values})
 
 
 def run_stage(monkeypatch, model: params.Model) -> None:
@@ -520,9 +519,10 @@ def run_stage(monkeypatch, model: params.Model) -> None:
 
 def test_the_stage_leaves_nothing_of_the_download_behind(server, source, tmp_path, monkeypatch):
     commit = push(server, TOY)
-    run_stage(monkeypatch, write(tmp_path, source, commit))
-    assert {**held(Path("models/base")), "provenance.json": b""} == {**TOY, "provenance.json": b""}
-    assert json.loads(Path("models/base/provenance.json").read_text())["origin"] == [f"{NAME}@{commit}"]
+    run_stage(monkeypatch, model_of(source, commit))
+    made = held(Path("models/base"))
+    assert json.loads(made.pop("provenance.json"))["origin"] == [f"{NAME}@{commit}"]
+    assert made == TOY
     assert not place(source, commit).exists()
 
 
@@ -530,10 +530,10 @@ def test_a_stage_that_fails_after_the_download_does_not_fetch_it_again(server, s
     monkeypatch.setattr(transfer, "LINKED_BYTES", 1000)
     commit = push(server, {**TOY, "tokenizer_config.json": b"{}"})
     with pytest.raises(Refusal, match="no chat template"):
-        run_stage(monkeypatch, write(tmp_path, source, commit))
+        run_stage(monkeypatch, model_of(source, commit))
     assert not Path("models/base").exists()
     server.asked.clear()
-    run_stage(monkeypatch, write(tmp_path, source, commit, chat_template="gemma3"))
+    run_stage(monkeypatch, model_of(source, commit, chat_template="gemma3"))
     assert not any("#bytes" in path for _, path, _ in server.asked)
     assert Path("models/base/model.safetensors").read_bytes() == WEIGHTS
     assert Path("models/base/model.safetensors").stat().st_nlink == 1
@@ -564,10 +564,10 @@ def test_the_token_is_written_nowhere(server, source, tmp_path, monkeypatch, cap
     server.tokens = {CANARY}
     monkeypatch.setenv(token(source), CANARY)
     server.faults["model.safetensors"] = [Fault(cut_after=10), Fault(status=503)]
-    run_stage(monkeypatch, write(tmp_path, source, commit))
-    server.faults["model.safetensors"] = [Fault(cut_after=10)] * 1 + [Fault(status=503)] * 20
+    run_stage(monkeypatch, model_of(source, commit))
+    server.faults["model.safetensors"] = [Fault(cut_after=10), *[Fault(status=503)] * 20]
     with pytest.raises(Refusal) as refusal:
-        run_stage(monkeypatch, write(tmp_path, source, commit))
+        run_stage(monkeypatch, model_of(source, commit))
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     said = capfd.readouterr()
     for secret in (CANARY, "SIGNED"):
@@ -579,7 +579,7 @@ def test_a_real_model_comes_whole_and_loads(server, source, tmp_path, monkeypatc
     import transformers
 
     files = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
-    run_stage(monkeypatch, write(tmp_path, source, push(server, files)))
+    run_stage(monkeypatch, model_of(source, push(server, files)))
     model = transformers.AutoModelForCausalLM.from_pretrained("models/base")
     assert type(model).__name__ == "Gemma3ForCausalLM"
     assert transformers.AutoTokenizer.from_pretrained("models/base").chat_template

@@ -71,9 +71,7 @@ def _listed(api: huggingface_hub.HfApi, spec: Spec) -> list[Remote]:
     return [
         Remote(
             name=entry.path,
-            url=huggingface_hub.hf_hub_url(
-                filename=entry.path, revision=spec.revision, endpoint=api.endpoint, **named
-            ),
+            url=huggingface_hub.hf_hub_url(filename=entry.path, revision=spec.revision, endpoint=api.endpoint, **named),
             size=entry.size,
             sha256=entry.lfs.sha256 if entry.lfs else None,
             blob=entry.blob_id,
@@ -110,8 +108,8 @@ def _explain(api: huggingface_hub.HfApi, spec: Spec, response: httpx.Response) -
         )
     if code == "GatedRepo":
         return Refusal(
-            f"{spec.repository}: is gated, and the token in HF_TOKEN may not read it; accept the licence at {page} with "
-            f"the token's account, and let the token read gated repositories at {tokens}"
+            f"{spec.repository}: is gated, and the token in HF_TOKEN may not read it; accept the licence at {page} "
+            f"with the token's account, and let the token read gated repositories at {tokens}"
         )
     if has_token and response.status_code == 401 and (not code or "credentials" in message):
         return Refusal(f"{spec.repository}: the hub does not know the token in HF_TOKEN; make one at {tokens}")

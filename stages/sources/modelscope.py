@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from stages.params import Section
 from stages.refusal import Refusal
 from stages.sources import repository, transfer
-from stages.sources.provenance import Provenance, Sha256
+from stages.sources.provenance import Provenance
 from stages.sources.transfer import Remote
 
 SITE = "https://modelscope.cn"
@@ -124,7 +124,9 @@ def _ask(http: httpx.Client, spec: Spec, url: str) -> Listing:
         try:
             listing = Listing.model_validate(response.json()["Data"])
         except (ValueError, KeyError, TypeError, ValidationError):
-            raise Refusal(f"{spec.repository}: {_endpoint()} answers with what is no listing; is it the site?") from None
+            raise Refusal(
+                f"{spec.repository}: {_endpoint()} answers with what is no listing; is it the site?"
+            ) from None
         if listing.Files is None:
             raise Refusal(f"{spec.repository}: has no revision {spec.revision}; correct fetch.revision in params.yaml")
         return listing

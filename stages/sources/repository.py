@@ -43,7 +43,8 @@ PARTS = (
     "use_policy*",
     "*terms*",
 )
-WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the first is what transformers takes if both are there
+# of the two, transformers takes the first where it is there
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".gguf")
 ROWS = (".parquet", ".jsonl", ".json", ".csv")
 TEXTS = (".json", ".jinja", ".model", ".txt", ".md", ".html", "")
@@ -151,10 +152,9 @@ def _nothing_of_use(spec: Section, listed: list[Remote], wanted: tuple[str, ...]
     unfit = [remote.name for remote in listed if remote.name.lower().endswith((*PICKLES, ".py"))]
     only = f" (only {unfit[0]}, which can run code)" if unfit else ""
     if is_dataset(spec.repository):
-        return Refusal(
-            f"{spec.repository}: has no {', '.join(wanted)} file{only}; of many data sets the hub keeps a copy in "
-            "Parquet, at revision refs/convert/parquet"
-        )
+        converted = "; of many data sets the hub keeps a copy in Parquet, at revision refs/convert/parquet"
+        hint = converted if spec.source == "hub" else "; take another data set"
+        return Refusal(f"{spec.repository}: has no {', '.join(wanted)} file{only}{hint}")
     there = [remote.name for remote in listed if remote.name.lower().endswith(WEIGHTS)]
     hint = f"name what to take in fetch.files, of: {', '.join(there[:6])}" if there else "take one that has safetensors"
     return Refusal(f"{spec.repository}: has no {WHOLE} and no {INDEX}{only}; {hint}")

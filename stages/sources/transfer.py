@@ -91,9 +91,10 @@ def patiently(
             before = progress()
             failures += 1
             if failures >= ATTEMPTS:
-                raise Refusal(f"{what}: {error}, {failures} times in a row; see to the network, and run again") from None
+                line = f"{what}: {error}, {failures} times in a row; see to the network, and run again"
+                raise Refusal(line) from None
             seconds = min(error.seconds or FIRST_WAIT_SECONDS * 2 ** (failures - 1), LONGEST_WAIT_SECONDS)
-            print(f"{what}: {error}; next attempt in {seconds} s", file=sys.stderr)
+            tqdm.write(f"{what}: {error}; next attempt in {seconds} s", file=sys.stderr)
             wait(seconds)
 
 
@@ -139,7 +140,10 @@ def _refuse_without_room(remotes: list[Remote], kept: Path) -> None:
     missing = sum(max(remote.size - there.get(remote.name, 0), 0) for remote in remotes)
     free = shutil.disk_usage(kept).free
     if missing > free:
-        raise Refusal(f"{kept}: {missing / 1e9:.1f} GB are to come and the disk has {free / 1e9:.1f} GB left; make room")
+        raise Refusal(
+            f"{kept}: {missing / 1e9:.1f} GB are to come, and its disk has {free / 1e9:.1f} GB left; make room, or "
+            f"delete what else waits in {kept.parent}"
+        )
 
 
 def _fetch(
@@ -152,12 +156,14 @@ def _fetch(
 ) -> str:
     """Have the whole of `remote` in `kept`, and return its sha256."""
     path = kept / remote.name
+    if stop.is_set():
+        return ""
     try:
         with path.open("a+b", buffering=BLOCK_BYTES) as file:
             part = _Part(remote, file, bar, stop)
-            if part.size < remote.size:
-                been = f", of which {part.size / 1e6:,.1f} are here" if part.size else ""
-                print(f"downloading {remote.name}: {remote.size / 1e6:,.1f} MB{been}", file=sys.stderr)
+            if remote.size - part.size > BLOCK_BYTES:
+                here = f", of which {part.size / 1e6:,.1f} are here" if part.size else ""
+                tqdm.write(f"downloading {remote.name}: {remote.size / 1e6:,.1f} MB{here}", file=sys.stderr)
             patiently(remote.name, lambda: part.complete(http, explain), lambda: part.gained, stop.wait)
     except OSError as error:
         raise Refusal(
@@ -168,8 +174,8 @@ def _fetch(
     if part.digest.hexdigest() != (remote.sha256 or remote.blob):
         path.unlink()
         raise Refusal(
-            f"{remote.name}: came with checksum {part.digest.hexdigest()[:12]}…, not {(remote.sha256 or remote.blob)[:12]}… "
-            "as its repository lists it: damaged on its way, and deleted; run again to fetch it anew"
+            f"{remote.name}: came with checksum {part.digest.hexdigest()[:12]}…, and its repository lists "
+            f"{(remote.sha256 or remote.blob)[:12]}…: damaged on its way, and deleted; run again to fetch it anew"
         )
     return remote.sha256 or checksum(path)
 

@@ -15,5 +15,5 @@ def refuse_remote_code(path: Path, where: str) -> None:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:  # of JSON or of UTF-8
         raise Refusal(f"{where}: is not JSON: {error}") from None
-    if "auto_map" in values:
+    if isinstance(values, dict) and "auto_map" in values:
         raise Refusal(f"{where}: asks for code of its own (auto_map), which is not run; take a model that needs none")
