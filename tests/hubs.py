@@ -173,6 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
             _, name, commit, path = self.path_of_cache(words)
             self.send_bytes(PurePosixPath(path).name, self.hub.repositories[name].commits[commit][path])
             return
+        if len(words) < 2:  # what the library asks for beside, such as api/agent-harnesses
+            self.answer(404)
+            return
         dataset = words[0] == "datasets"
         owner, repository = words[1:3] if words[0] in ("models", "datasets") else words[:2]
         rest = words[3:] if words[0] in ("models", "datasets") else words[2:]

@@ -587,3 +587,19 @@ def test_a_real_model_comes_whole_and_loads(server, source, tmp_path, monkeypatc
     model = transformers.AutoModelForCausalLM.from_pretrained("models/base")
     assert type(model).__name__ == "Gemma3ForCausalLM"
     assert transformers.AutoTokenizer.from_pretrained("models/base").chat_template
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("revision", None, "model.fetch.revision is empty; it should be text"),
+        ("files", "*.json", "model.fetch.files is the text '*.json'; it should be 'auto' or a list"),
+        ("branch", "main", "model.fetch.branch is not a parameter"),
+    ],
+)
+def test_a_section_of_params_that_is_wrong_is_named(source, params_file, tmp_path, key, value, said):
+    fetched = spec(source, "main").model_dump()
+    assert params.load(params_file(tmp_path, **{"model.fetch": fetched})).model.fetch.repository == NAME
+    with pytest.raises(Refusal) as refusal:
+        params.load(params_file(tmp_path, **{"model.fetch": fetched | {key: value}}))
+    assert said in str(refusal.value)
