@@ -12,6 +12,7 @@ from pathlib import Path
 from stages import params
 from stages.outputs import new_folder, write_json
 from stages.refusal import Refusal, run
+from stages.sources import kept
 from stages.sources.provenance import Provenance, checksums
 
 PROVENANCE = "provenance.json"
@@ -25,18 +26,21 @@ def main(arguments: list[str]) -> None:
     section = getattr(params.load(), arguments[0])
     stage = model if arguments[0] == "model" else data
     with new_folder(Path(arguments[1])) as folder:
-        stage(section, folder)
+        provenance = stage(section, folder)
         for path in folder.iterdir():
             path.chmod(0o644)  # safetensors saves with 0600
+    if provenance.kept:
+        kept.forget(provenance.kept)
 
 
-def data(section: params.Data, folder: Path) -> None:
+def data(section: params.Data, folder: Path) -> Provenance:
     """Fill `folder` with the rows' files."""
     provenance = fetch(section.fetch, folder)
     write_json(folder / PROVENANCE, {**provenance.model_dump(), "license": section.license})
+    return provenance
 
 
-def model(section: params.Model, folder: Path) -> None:
+def model(section: params.Model, folder: Path) -> Provenance:
     """Fill `folder` with a model that transformers loads: plain weights, tokenizer and chat template."""
     template = find_template(section.chat_template)
     provenance = fetch(section.fetch, folder)
@@ -47,6 +51,7 @@ def model(section: params.Model, folder: Path) -> None:
         shutil.copyfile(template, folder / "chat_template.jinja")
     refuse_without_template(folder)
     write_json(folder / PROVENANCE, {**provenance.model_dump(), "produced": checksums(folder)})
+    return provenance
 
 
 def fetch(spec: params.Section, folder: Path) -> Provenance:

@@ -20,6 +20,7 @@ from tests import forkserver
 
 TOP = Path(__file__).parent.parent
 TASKS = ("text_to_sql", "quotes", "instructions", "chat")
+SOURCES = ("wheel", "path", "hub", "modelscope")
 STAGES = {
     "download@model",
     "download@data",
@@ -111,9 +112,11 @@ def test_every_module_that_a_stage_imports_is_among_its_deps_and_no_other(resolv
     tasks = [TOP / f"stages/tasks/{task}.py" for task in TASKS]
     if 'import_module(f"stages.tasks.' in module.read_text():
         reached.update(tasks)
+    sources = [TOP / f"stages/sources/{source}.py" for source in SOURCES]
     if 'import_module(f"stages.sources.' in module.read_text():
-        reached.add(TOP / "stages/sources/wheel.py")
-    others = {str(task.relative_to(TOP)) for task in tasks[1:]}  # the default task is the first
+        reached.update(sources)
+    # the default task and the default source are the first
+    others = {str(path.relative_to(TOP)) for path in [*tasks[1:], *sources[1:]]}
     assert expanded(stage["deps"]) == closure(*reached) - others
 
 

@@ -4,7 +4,6 @@ DVC watches `data/own` and `models/own`: what lies there may change, and the pip
 named with its sha256, and a folder elsewhere is refused.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Literal
 from stages.params import Section
 from stages.refusal import Refusal
 from stages.sources.provenance import Provenance, Sha256, checksum, checksums
+from stages.sources.weights import CONFIGURATIONS, PICKLES, refuse_remote_code
 
 WATCHED = (Path("data/own"), Path("models/own"))
 FILES = (".jsonl", ".json", ".csv", ".parquet", ".gguf", "")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # loading one runs whatever it holds
 
 
 class Spec(Section):
@@ -82,15 +81,6 @@ def _weights(spec: Spec) -> list[Path]:
         pickles = sorted(p.name for p in path.iterdir() if p.suffix.lower() in PICKLES)
         why = f"only {pickles[0]}, a pickle, which can run code when loaded" if pickles else "no weights"
         raise Refusal(f"{path}: has {why}; save the model as safetensors")
-    for name in ("config.json", "tokenizer_config.json"):
-        _refuse_remote_code(path / name)
+    for name in CONFIGURATIONS:
+        refuse_remote_code(path / name, str(path / name))
     return files
-
-
-def _refuse_remote_code(path: Path) -> None:
-    try:
-        holds_code = path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise Refusal(f"{path}: is not JSON: {error}") from None
-    if holds_code:
-        raise Refusal(f"{path}: asks for code of its own (auto_map), which is not run; take a model that needs none")

@@ -10,13 +10,15 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Provenance(BaseModel):
-    """`origin` is what to ask the source for again; `files` maps each fetched file's name to its sha256."""
+    """`origin` is what to ask the source for again; `files` maps each fetched file's name to its sha256. `kept`, which
+    is not written down, is the folder to forget once the stage has succeeded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str
     origin: list[str]
     files: dict[str, Sha256]
+    kept: Path | None = Field(default=None, exclude=True)
 
 
 def checksum(path: Path) -> str:
