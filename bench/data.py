@@ -88,9 +88,9 @@ def text_to_sql(rng: random.Random) -> dict[str, Any]:
     traits = rng.sample(sorted(TRAITS), 4)
     columns = {f"{thing}_id": "INT PRIMARY KEY", **{trait: TRAITS[trait] for trait in traits}}
     statements = [f"CREATE TABLE {table} ({', '.join(f'{name} {kind}' for name, kind in columns.items())});"]
-    for number in range(rng.randrange(3, 6)):
-        cells = [str(number + 1), *(value(rng, TRAITS[trait]) for trait in traits)]
-        statements.append(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join(cells)});")
+    held = [[str(n + 1), *(value(rng, TRAITS[trait]) for trait in traits)] for n in range(rng.randrange(2, 6))]
+    cells = ", ".join(f"({', '.join(row)})" for row in held)
+    statements.append(f"INSERT INTO {table} ({', '.join(columns)}) VALUES {cells};")
     first, filtered, shown = traits[:3]
     condition = f"{table}.{filtered} = {value(rng, TRAITS[filtered])}"
     form = rng.randrange(4)

@@ -61,9 +61,9 @@ def conversation(
 
 def read(path: Path) -> Iterator[Conversation]:
     """Yield the conversations of a JSONL file that prepare wrote."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
-            yield Conversation.model_validate(json.loads(line))
+            yield Conversation.model_validate_json(line)
 
 
 @dataclass(frozen=True)
