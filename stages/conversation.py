@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,16 @@ def conversation(
 
 def read(path: Path) -> Iterator[Conversation]:
     """Yield the conversations of a JSONL file that prepare wrote."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
-            yield Conversation.model_validate(json.loads(line))
+            yield Conversation.model_validate_json(line)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The conversations of a file that prepare wrote, read anew whenever they are asked for."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return read(self.path)

@@ -56,23 +56,38 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, terminators: set[int]):
         self.tokenizer = tokenizer
         self.terminators = terminators
+        if tokenizer.is_fast:
+            # a tokenizer.json can ask for both, and transformers lifts them at its own calls alone
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         self.adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
 
-    def encode(self, rows: list[Conversation]) -> list[Encoded]:
-        """Encode rows in one call of the tokenizer; raises Refusal naming the first row that cannot be right."""
+    def encode(self, rows: list[Conversation], only_last: bool = False) -> list[Encoded]:
+        """Encode rows in one call of the tokenizer, with each answer supervised or `only_last` the last one; raises
+        Refusal naming the first row that cannot be right."""
         # each answer needs two texts: what stands before it, and the same with the answer
         turns = [[i for i, m in enumerate(row.messages) if m.role == "assistant"] for row in rows]
+        if only_last:
+            turns = [answers[-1:] for answers in turns]
         texts = [
             text
             for row, answers in zip(rows, turns, strict=True)
             for i in answers
             for text in (self._render(row, i, open_turn=True), self._render(row, i + 1, open_turn=False))
         ]
-        tokens = iter(self.tokenizer(texts, add_special_tokens=False).input_ids)
+        tokens = iter(self._tokens(texts))
         return [
             self._row(row, [(next(tokens), next(tokens)) for _ in answers])
             for row, answers in zip(rows, turns, strict=True)
         ]
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        """Every text's tokens, on all cores; by the tokenizer's backend where it has one, whose call through
+        transformers takes three times as long for masks that nobody reads."""
+        if not self.tokenizer.is_fast:
+            return self.tokenizer(texts, add_special_tokens=False).input_ids
+        found = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in found]
 
     def _render(self, row: Conversation, until: int, open_turn: bool) -> str:
         messages = [message.model_dump() for message in row.messages[:until]]
@@ -96,7 +111,7 @@ class Encoder:
                 raise Refusal(
                     f"{row.where}: the prompt's tokens are not how the whole row begins; mend the chat template"
                 )
-            end = max((i + 1 for i, token in enumerate(whole) if token in self.terminators), default=0)
+            end = next((i for i in range(len(whole), 0, -1) if whole[i - 1] in self.terminators), 0)
             if end <= len(prompt):
                 raise Refusal(f"{row.where}: no terminator after the answer; the model would never learn to stop")
             if end == len(prompt) + 1:
@@ -115,16 +130,11 @@ def with_examples(row: Conversation, examples: list[Conversation]) -> Conversati
     return row.model_copy(update={"messages": [*opening, *turns, *row.messages[len(opening) :]]})
 
 
-def only_last(row: Encoded) -> Encoded:
-    """The row with its last answer alone supervised."""
-    labels = [IGNORED] * row.prompt_tokens + row.labels[row.prompt_tokens :]
-    return Encoded(row.id, row.input_ids, labels, row.prompt_tokens)
-
-
 def write(path: Path, rows: Iterator[list[Encoded]]) -> None:
     with pyarrow.parquet.ParquetWriter(path, SCHEMA) as file:
         for batch in rows:
-            file.write_table(pyarrow.Table.from_pylist([vars(row) for row in batch], SCHEMA))
+            columns = {name: [getattr(row, name) for row in batch] for name in SCHEMA.names}
+            file.write_table(pyarrow.Table.from_pydict(columns, SCHEMA))
 
 
 def cut(rows: Iterable[Encoded], max_length: int, counts: Counter) -> Iterator[Encoded]:
@@ -167,6 +177,7 @@ def main(arguments: list[str]) -> None:
     encoder = Encoder(tokenizer, terminators(base))
     totals: dict[str, Counter] = {}
     sample: list[str] = []
+    examples: list[Conversation] = []
 
     def encoded(name: str) -> Iterator[list[Encoded]]:
         """The rows of one side, batch by batch, counted and a few of them kept for the sample."""
@@ -174,9 +185,12 @@ def main(arguments: list[str]) -> None:
         # test rows are generated from, whatever their length
         limit = params.encode.max_length if name != "test" else sys.maxsize
         for batch in batches(conversation.read(conversations / f"{name}.jsonl")):
+            if name == "train":
+                # ids are hashes: the first of them are an even sample, and few rows that are added later come before
+                examples[:] = heapq.nsmallest(params.evaluate.shots, examples + batch, key=lambda row: row.id)
             kept = list(cut(encoder.encode(batch), limit, counts))
             counts["rows"] += len(kept)
-            counts["supervised"] += sum(label != IGNORED for row in kept for label in row.labels)
+            counts["supervised"] += sum(len(row.labels) - row.labels.count(IGNORED) for row in kept)
             sample.extend(marked(row, tokenizer) for row in kept[: 5 - len(sample)])
             yield kept
 
@@ -187,13 +201,9 @@ def main(arguments: list[str]) -> None:
                 raise Refusal(
                     f"every {name} row's answer begins after token {params.encode.max_length}; raise encode.max_length"
                 )
-        # ids are hashes: the first of them are an even sample, and few rows that are added later come before them
-        by_id = heapq.nsmallest(
-            params.evaluate.shots, conversation.read(conversations / "train.jsonl"), key=lambda row: row.id
-        )
         asked = batches(conversation.read(conversations / "test.jsonl"))
-        shown = ([with_examples(row, by_id) for row in batch] for batch in asked)
-        write(folder / "test_few_shot.parquet", ([only_last(row) for row in encoder.encode(batch)] for batch in shown))
+        shown = ([with_examples(row, examples) for row in batch] for batch in asked)
+        write(folder / "test_few_shot.parquet", (encoder.encode(batch, only_last=True) for batch in shown))
         (folder / "sample.txt").write_text(("\n" + "-" * 80 + "\n").join(sample) + "\n", encoding="utf-8")
     kinds = ("rows", "tokens", "supervised", "truncated", "dropped")
     write_json(metrics, {f"{name}_{kind}": totals[name][kind] for name in SIDES for kind in kinds})

@@ -7,27 +7,57 @@ Knows no model. A group goes to the side that its own hash says, so rows that ar
 
 import hashlib
 import importlib
+import json
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from stages import rows
-from stages.conversation import SIDES, Conversation
+from stages.conversation import SIDES, Conversation, Stored
 from stages.outputs import new_folder, write_json, write_jsonl
 from stages.params import Prepare, load
 from stages.refusal import Refusal, run
 
+LEFT_OUT = -1
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What decides about the rows, in the order of their source: 25 bytes a row, whatever the row holds.
+
+    Ids, groups and prompts are digests of 8 bytes; that any two of a million prompts share one by chance is a matter
+    of one data set in 37 million. Sides are places in SIDES.
+    """
+
+    ids: array = field(default_factory=lambda: array("Q"))
+    groups: array = field(default_factory=lambda: array("Q"))
+    prompts: array = field(default_factory=lambda: array("Q"))
+    sides: array = field(default_factory=lambda: array("b"))
+
+    def add(self, row: Conversation, prepare: Prepare) -> None:
+        if prepare.group_by not in row.groups:
+            known = ", ".join(sorted(row.groups))
+            raise Refusal(f"params.yaml: prepare.group_by is {prepare.group_by}; this task's rows group by: {known}")
+        group = row.groups[prepare.group_by]
+        self.ids.append(int(row.id, 16))
+        self.groups.append(_digest(group, 8))
+        self.prompts.append(_digest(row.prompt_key, 8))
+        self.sides.append(SIDES.index(side(group, prepare)))
+
 
 @dataclass(frozen=True)
 class Split:
-    """Conversations by side, in the order of their source; how many were left out, as exact duplicates, and because a
-    row on a side of more weight asks the very same; and the refusals of those that the task could not use."""
+    """Each row's side, as its place in SIDES or LEFT_OUT, in the order of the source; how many were left out as exact
+    duplicates, and because a row on a side of more weight asks the very same."""
 
-    sides: dict[str, list[Conversation]]
+    sides: np.ndarray
     duplicates: int
     asked_twice: int
-    unusable: list[Refusal]
 
 
 def side(group: str, prepare: Prepare) -> str:
@@ -40,49 +70,68 @@ def side(group: str, prepare: Prepare) -> str:
 
 def _share(text: str) -> float:
     """A number in [0, 1) that depends on `text` alone, evenly spread."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
+    return _digest(text, 7) / 2**56
 
 
-def split(conversations: Iterable[Conversation | Refusal], prepare: Prepare) -> Split:
-    """Conversations, each on its side.
+def _digest(text: str, size: int) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:size], "big")
+
+
+def split(keys: Keys, prepare: Prepare) -> Split:
+    """The rows, each on its side.
 
     Two groups can hold the same prompt with different answers. It then stays where it counts most: in the test rows,
     which no row added later may change, else in the validation rows.
     """
-    seen: set[str] = set()
-    kept, unusable, duplicates = [], [], 0
-    for conversation in conversations:
-        if isinstance(conversation, Refusal):
-            unusable.append(conversation)
-            continue
-        if prepare.group_by not in conversation.groups:
-            known = ", ".join(sorted(conversation.groups))
-            raise Refusal(f"params.yaml: prepare.group_by is {prepare.group_by}; this task's rows group by: {known}")
-        if conversation.id in seen:
-            duplicates += 1
-            continue
-        seen.add(conversation.id)
-        kept.append(conversation)
+    prompts, own = np.array(keys.prompts), np.array(keys.sides)
+    kept = np.sort(np.unique(np.array(keys.ids), return_index=True)[1])  # the first row of each id
+    duplicates = len(prompts) - len(kept)
     if prepare.rows is not None and prepare.rows < len(kept):
-        order = sorted(kept, key=lambda c: _share(f"{prepare.seed}:{c.id}"))[: prepare.rows]
-        chosen = {c.id for c in order}
-        kept = [c for c in kept if c.id in chosen]
-    sides: dict[str, list[Conversation]] = {name: [] for name in SIDES}
-    for conversation in kept:
-        sides[side(conversation.groups[prepare.group_by], prepare)].append(conversation)
-    asked: set[str] = set()
-    for name in reversed(SIDES):
-        sides[name] = [c for c in sides[name] if c.prompt_key not in asked]
-        asked |= {c.prompt_key for c in sides[name]}
-    return Split(sides, duplicates, len(kept) - sum(map(len, sides.values())), unusable)
+        shares = np.array([_share(f"{prepare.seed}:{keys.ids[place]:016x}") for place in kept])
+        kept = kept[np.argsort(shares, kind="stable")[: prepare.rows]]
+    sides = np.full(len(prompts), LEFT_OUT, np.int8)
+    sides[kept] = own[kept]
+    asked = prompts[:0]
+    for number in reversed(range(len(SIDES))):
+        sides[(sides == number) & np.isin(prompts, asked)] = LEFT_OUT
+        asked = np.concatenate([asked, prompts[sides == number]])
+    return Split(sides, duplicates, len(kept) - int(np.sum(sides != LEFT_OUT)))
 
 
-def leaks(sides: dict[str, list[Conversation]], group_by: str) -> int:
+def leaks(keys: Keys, sides: np.ndarray) -> int:
     """Rows outside the training rows whose group, or whose very prompt, stands among the training rows."""
-    groups = {c.groups[group_by] for c in sides["train"]}
-    prompts = {c.prompt_key for c in sides["train"]}
-    others = sides["validation"] + sides["test"]
-    return sum(c.groups[group_by] in groups or c.prompt_key in prompts for c in others)
+    train = sides == SIDES.index("train")
+    others = ~train & (sides != LEFT_OUT)
+    found = [np.isin(np.array(of)[others], np.array(of)[train]) for of in (keys.groups, keys.prompts)]
+    return int(np.sum(found[0] | found[1]))
+
+
+def gather(conversations: Iterable[Conversation | Refusal], prepare: Prepare, kept: Path, refused: Path) -> Keys:
+    """Write the conversations into one file as they come, and why the others are unusable into another."""
+    keys = Keys()
+    with kept.open("w", encoding="utf-8") as lines, refused.open("w", encoding="utf-8") as refusals:
+        for conversation in conversations:
+            if isinstance(conversation, Refusal):
+                refusals.write(f"{conversation}\n")
+                continue
+            keys.add(conversation, prepare)
+            lines.write(json.dumps(conversation.model_dump(), ensure_ascii=False, allow_nan=False) + "\n")
+    return keys
+
+
+def deal(gathered: Path, sides: np.ndarray, folder: Path) -> None:
+    """Write each line into the file of its side."""
+    with gathered.open("rb") as lines, ExitStack() as files:
+        hands = [files.enter_context((folder / f"{name}.jsonl").open("wb")) for name in SIDES]
+        for line, number in zip(lines, sides, strict=True):
+            if number != LEFT_OUT:
+                hands[number].write(line)
+
+
+def references(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)["messages"][-1]["content"]
 
 
 def main(arguments: list[str]) -> None:
@@ -90,33 +139,45 @@ def main(arguments: list[str]) -> None:
     params = load()
     task = importlib.import_module(f"stages.tasks.{params.task.name}")
     files = {name: rows.read(raw / file) for name, file in params.task.files().items()}
-    found = split(task.conversations(files, params.task), params.prepare)
-    sides = found.sides
-    if hasattr(task, "unscorable"):
-        refusals = {row.id: why for row, why in task.unscorable(sides["test"], params.task)}
-        sides["test"] = [row for row in sides["test"] if row.id not in refusals]
-        found.unusable.extend(refusals.values())
-    for name in SIDES:
-        if not sides[name]:
-            total = sum(map(len, sides.values()))
-            wrong = f"; {len(found.unusable)} are unusable, the first: {found.unusable[0]}" if found.unusable else ""
-            raise Refusal(f"no {name} rows out of {total}; add rows, or change the shares in prepare{wrong}")
-    leaked = leaks(sides, params.prepare.group_by)
-    if leaked:
-        raise Refusal(
-            f"{leaked} validation or test rows ask what a training row asks: a fault of this stage; report it"
-        )
     with new_folder(out) as folder:
+        gathered, refused = folder / "gathered.jsonl", folder / "unusable.txt"
+        keys = gather(task.conversations(files, params.task), params.prepare, gathered, refused)
+        found = split(keys, params.prepare)
+        sides = found.sides
+        deal(gathered, sides, folder)
+        if hasattr(task, "unscorable"):
+            refusals = {
+                int(row.id, 16): why for row, why in task.unscorable(Stored(folder / "test.jsonl"), params.task)
+            }
+            if refusals:
+                with refused.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{why}\n" for why in refusals.values())
+                sides[np.isin(np.array(keys.ids), np.array(list(refusals), np.uint64))] = LEFT_OUT
+                deal(gathered, sides, folder)
+        gathered.unlink()
+        with refused.open(encoding="utf-8") as file:
+            first = file.readline().rstrip("\n")
+            unusable = bool(first) + sum(1 for _ in file)
+        if not unusable:
+            refused.unlink()
+        counts = {name: int(np.sum(sides == number)) for number, name in enumerate(SIDES)}
         for name in SIDES:
-            write_jsonl(folder / f"{name}.jsonl", (c.model_dump() for c in sides[name]))
+            if not counts[name]:
+                wrong = f"; {unusable} are unusable, the first: {first}" if unusable else ""
+                total = sum(counts.values())
+                raise Refusal(f"no {name} rows out of {total}; add rows, or change the shares in prepare{wrong}")
+        leaked = leaks(keys, sides)
+        if leaked:
+            raise Refusal(
+                f"{leaked} validation or test rows ask what a training row asks: a fault of this stage; report it"
+            )
         # empty where no score reads it: an edited training row then reruns no evaluation of the base model
-        learned = sides["train"] if getattr(task, "TRAINING", False) else []
-        write_jsonl(folder / "learned.jsonl", (c.reference for c in learned))
-        if found.unusable:
-            (folder / "unusable.txt").write_text("".join(f"{why}\n" for why in found.unusable), encoding="utf-8")
-    sizes = {f"{name}_rows": len(sides[name]) for name in SIDES}
-    groups = {f"{name}_groups": len({c.groups[params.prepare.group_by] for c in sides[name]}) for name in SIDES}
-    left_out = {"unusable": len(found.unusable), "duplicates": found.duplicates, "asked_twice": found.asked_twice}
+        learned = references(folder / "train.jsonl") if getattr(task, "TRAINING", False) else ()
+        write_jsonl(folder / "learned.jsonl", learned)
+    sizes = {f"{name}_rows": count for name, count in counts.items()}
+    of = np.array(keys.groups)
+    groups = {f"{name}_groups": len(np.unique(of[sides == number])) for number, name in enumerate(SIDES)}
+    left_out = {"unusable": unusable, "duplicates": found.duplicates, "asked_twice": found.asked_twice}
     write_json(metrics, {**sizes, **groups, **left_out, "leaks": leaked})
     print(", ".join(f"{count} {name}" for name, count in {**sizes, **left_out}.items()), file=sys.stderr)
 

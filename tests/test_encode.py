@@ -97,6 +97,15 @@ def test_a_row_that_would_waste_the_training_is_refused_by_name(old, new, conten
     assert str(refused.value).startswith(f"mine.jsonl line 7: {said}")
 
 
+def test_what_a_tokenizers_file_says_of_cutting_and_padding_is_passed_over(tokenizer):
+    rows = [row("One?", "First."), row("Two, which is longer?", "Second.")]
+    tokenizer.bos_token = None
+    before = Encoder(tokenizer, STOPS).encode(rows)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=99)
+    assert Encoder(tokenizer, STOPS).encode(rows) == before
+
+
 def test_the_first_bad_row_of_many_is_named(tokenizer):
     rows = [row("x", "y", where="a line 1"), row("x", "", where="a line 2"), row("", "", where="a line 3")]
     with pytest.raises(Refusal, match=r"^a line 2: nothing is supervised"):
@@ -207,8 +216,10 @@ def test_examples_stand_before_the_question_and_only_its_own_answer_is_supervise
         "Be brief.",
         *("One?", "First.", "Two?", "Second.", "Three?", "Third."),
     ]
-    (found,) = Encoder(tokenizer, STOPS).encode([shown])
-    assert supervised(tokenizer, encode.only_last(found)) == ["Third.<end_of_turn>"]
+    encoder = Encoder(tokenizer, STOPS)
+    ((found,), (whole,)) = encoder.encode([shown], only_last=True), encoder.encode([shown])
+    assert supervised(tokenizer, found) == ["Third.<end_of_turn>"]
+    assert (found.input_ids, found.prompt_tokens) == (whole.input_ids, whole.prompt_tokens)
 
 
 def test_the_examples_of_the_stage_are_training_rows_and_as_many_as_asked(

@@ -1,14 +1,17 @@
 """Rows to conversations on three sides: nothing twice, nothing on two sides, nothing moved by what is added."""
 
 import json
+import tracemalloc
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stages import prepare
 from stages.conversation import SIDES, Conversation, Message, conversation, read
 from stages.params import Prepare
-from stages.prepare import leaks, side, split
+from stages.prepare import LEFT_OUT, Keys, leaks, side
 from stages.refusal import Refusal
 
 QUOTES = {
@@ -26,6 +29,34 @@ def settings(**changes) -> Prepare:
 def row(question: str, answer: str = "yes", group: str | None = None) -> Conversation:
     prompt = [Message(role="user", content=question)]
     return conversation(f"mine.jsonl: {question}", prompt, answer, {"author": group or question})
+
+
+@dataclass
+class Found:
+    sides: dict[str, list[Conversation]]
+    duplicates: int
+    asked_twice: int
+    leaks: int
+
+
+def split(rows: list[Conversation], settings: Prepare) -> Found:
+    """The rows themselves on their sides."""
+    keys = Keys()
+    for one in rows:
+        keys.add(one, settings)
+    found = prepare.split(keys, settings)
+    sides = {name: [] for name in SIDES}
+    for one, number in zip(rows, found.sides, strict=True):
+        if number != LEFT_OUT:
+            sides[SIDES[number]].append(one)
+    return Found(sides, found.duplicates, found.asked_twice, leaks(keys, found.sides))
+
+
+def leaking(**sides: list[Conversation]) -> int:
+    keys = Keys()
+    for one in (one for name in SIDES for one in sides[name]):
+        keys.add(one, settings())
+    return leaks(keys, np.array([number for number, name in enumerate(SIDES) for _ in sides[name]]))
 
 
 def on(sides: dict[str, list[Conversation]]) -> dict[str, str]:
@@ -49,7 +80,7 @@ def test_rows_of_one_group_stand_on_one_side():
             owners.setdefault(c.groups["author"], set()).add(name)
     assert len(owners) == 100
     assert all(len(names) == 1 for names in owners.values())
-    assert leaks(found.sides, "author") == 0
+    assert found.leaks == 0
 
 
 def test_new_rows_move_no_older_row():
@@ -82,10 +113,10 @@ def test_a_subset_is_the_same_whatever_the_order_and_part_of_every_larger_one():
 
 def test_a_leak_is_found_by_its_group_and_by_its_prompt():
     clean = {"train": [row("a")], "validation": [row("b")], "test": [row("c")]}
-    assert leaks(clean, "author") == 0
-    assert leaks({**clean, "test": [row("d", group="a"), row("e")]}, "author") == 1
-    assert leaks({**clean, "validation": [row("a", "no", group="z")]}, "author") == 1
-    assert leaks({**clean, "test": [row("b", "no", group="z")]}, "author") == 0
+    assert leaking(**clean) == 0
+    assert leaking(**clean | {"test": [row("d", group="a"), row("e")]}) == 1
+    assert leaking(**clean | {"validation": [row("a", "no", group="z")]}) == 1
+    assert leaking(**clean | {"test": [row("b", "no", group="z")]}) == 0
 
 
 def test_a_prompt_in_several_groups_stays_in_the_test_rows_and_is_left_out_of_the_others():
@@ -96,7 +127,7 @@ def test_a_prompt_in_several_groups_stays_in_the_test_rows_and_is_left_out_of_th
     assert not prompts["train"] & prompts["test"]
     assert not prompts["train"] & prompts["validation"]
     assert not prompts["validation"] & prompts["test"]
-    assert leaks(found.sides, "author") == 0
+    assert found.leaks == 0
     assert len(found.sides["test"]) == sum(side(c.groups["author"], settings()) == "test" for c in rows)
     assert found.asked_twice == 1200 - sum(map(len, found.sides.values())) > 0
 
@@ -172,6 +203,20 @@ def test_a_bad_row_stops_the_stage_and_leaves_the_old_outputs(bad, said, stage):
     with pytest.raises(Refusal, match=said):
         stage([*(quote(n) for n in range(500, 600)), bad])
     assert {path: path.read_bytes() for path in Path().rglob("*.json*") if path.name != "mine.jsonl"} == before
+
+
+def test_memory_does_not_grow_with_what_the_rows_hold(stage):
+    peaks = []
+    for count in (300, 3000):
+        stage(
+            [json.dumps({"quote": f"Saying {n} {'x' * 3000}", "author": f"Sage {n}"}) for n in range(count)],
+            task=QUOTES | {"longest": 9999},
+        )
+        tracemalloc.start()
+        prepare.main(["data/raw", "data/conversations", "metrics/data.json"])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 2700 * 300  # bytes; a row has 3,000
 
 
 def test_an_empty_file_is_refused_by_name(stage):

@@ -212,10 +212,11 @@ def from_ddl(text: str, name: str = "") -> Schema:
     defaults: dict[str, set[str]] = {}
     for statement in _parsed(where, text):
         if isinstance(statement, exp.Insert):
-            for table in statement.find_all(exp.Table):
+            named = list(statement.find_all(exp.Table))
+            for table in named:
                 table.set("db", None)
-            _refuse_insert(where, statement, defaults)
-            inserts.append(statement.sql(dialect="sqlite"))
+            _refuse_insert(where, statement, named, defaults)
+            inserts.append(statement.sql(dialect="sqlite", copy=False))
             continue
         if isinstance(statement, exp.Create) and statement.kind == "VIEW":
             continue
@@ -238,11 +239,11 @@ def _defaults(body: exp.Schema) -> set[str]:
     return {column.name.lower() for column in columns if column.find(exp.DefaultColumnConstraint)}
 
 
-def _refuse_insert(where: str, statement: exp.Insert, defaults: dict[str, set[str]]) -> None:
-    """Refuse an INSERT that reads tables, since a few lines of it make rows without end, and one that leaves a column
-    to its DEFAULT, which the schema does not keep."""
-    target = statement.find(exp.Table)
-    if any(table is not target for table in statement.find_all(exp.Table)):
+def _refuse_insert(where: str, statement: exp.Insert, named: list[exp.Table], defaults: dict[str, set[str]]) -> None:
+    """Refuse an INSERT that reads tables, which it then names beside its own, since a few lines of it make rows without
+    end, and one that leaves a column to its DEFAULT, which the schema does not keep."""
+    target, *others = named
+    if others:
         raise Refusal(f"{where}: INSERT INTO {target.name} reads a table; write out its rows or leave the row out")
     if isinstance(statement.this, exp.Schema):
         left_out = defaults.get(target.name.lower(), set()) - {
@@ -278,7 +279,7 @@ def _columns(where: str, table: str, body: exp.Schema) -> dict[str, Kind]:
 def _kind(declared: exp.Expression | None) -> Kind:
     """Spider's kind for a declared type, by the words in its name as SQLite tells an affinity."""
     # not in the sqlite dialect, which writes BOOLEAN as INTEGER
-    name = declared.sql().upper() if declared is not None else ""
+    name = declared.sql(copy=False).upper() if declared is not None else ""
     words: dict[Kind, str] = {
         "boolean": "BOOL|^BIT",
         "time": "DATE|TIME|YEAR",

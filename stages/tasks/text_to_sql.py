@@ -4,9 +4,11 @@ Rows bring a question, a query and the name of a database whose tables stand in 
 database's own CREATE TABLE statements, perhaps with INSERT statements: queries are compared on those rows too.
 """
 
+import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -21,11 +23,13 @@ from stages.sql.excerpt import excerpt
 from stages.sql.execution import Outcome, Rows, Sandbox
 from stages.sql.instances import Instance, fill, given
 from stages.sql.normal import complaint, key, normal
+from stages.sql.processes import cores, mapped
 from stages.sql.schema import Schema, from_ddl, from_spider
 
 HEADLINE = "execution_accuracy"
 FACETS = {"difficulty": CLASSES}
 SECONDS_A_QUERY = 2.0
+ROWS_AT_ONCE = 1000  # a second's work or more where each row brings its own tables
 
 
 class Columns(Section):
@@ -65,20 +69,24 @@ def conversations(files: dict[str, Iterator[Record]], options: Options) -> Itera
         if schema.name in schemas:
             raise Refusal(f"{record.where}: db_id: {schema.name} is there twice; take one out")
         schemas[schema.name] = schema
-    for record in files["rows"]:
-        row = _renamed(record, options.columns).as_row(Row)
-        if options.schemas is not None and row.schema_ not in schemas:
-            raise Refusal(
-                f"{record.where}: {options.columns.schema_}: {row.schema_} is no database of {options.schemas}"
-            )
-        try:
-            schema = schemas[row.schema_] if options.schemas else _placed(record, _own_schema, row.schema_)
-            found = _conversation(record.where, row, schema, options)
-        except Refusal as refusal:
-            if options.unusable == "refuse":
-                raise
-            found = refusal
-        yield found
+    yield from mapped(partial(_found, schemas, options), files["rows"], ROWS_AT_ONCE)
+
+
+def _found(schemas: dict[str, Schema], options: Options, records: list[Record]) -> list[Conversation | Refusal]:
+    return [_kept(record, schemas, options) for record in records]
+
+
+def _kept(record: Record, schemas: dict[str, Schema], options: Options) -> Conversation | Refusal:
+    row = _renamed(record, options.columns).as_row(Row)
+    if options.schemas is not None and row.schema_ not in schemas:
+        raise Refusal(f"{record.where}: {options.columns.schema_}: {row.schema_} is no database of {options.schemas}")
+    try:
+        schema = schemas[row.schema_] if options.schemas else _placed(record, _own_schema, row.schema_)
+        return _conversation(record.where, row, schema, options)
+    except Refusal as refusal:
+        if options.unusable == "refuse":
+            raise
+        return refusal
 
 
 def _own_schema(text: str) -> Schema:
@@ -95,9 +103,10 @@ def _conversation(where: str, row: Row, schema: Schema, options: Options) -> Con
     described = schema.compact() if options.schema_as == "columns" else ";\n".join(schema.ddl())
     prompt = [Message(role="user", content=f"{described}\n\n{row.question.strip()}")]
     identity = schema.name or described
-    groups = {"query": f"{identity}: {key(row.query, schema)}", "database": identity}
+    answer = normal(row.query, schema)
+    groups = {"query": f"{identity}: {answer.lower()}", "database": identity}
     context = {"gold": row.query, "schema": schema.model_dump(exclude_defaults=True)}
-    return conversation(where, prompt, normal(row.query, schema), groups, **context)
+    return conversation(where, prompt, answer, groups, **context)
 
 
 def _placed(record: Record, read: Callable[[Any], Schema], source: Any) -> Schema:
@@ -151,10 +160,10 @@ def score_and_show(
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield, for each answer, its scores, and beside them what reference and answer show on one instance: the first on
     which they differ, else the first on which there is something to see."""
-    databases = _databases(conversations, options)
+    databases = _Databases(conversations, options)
     with Sandbox(SECONDS_A_QUERY) as sandbox:
         for row, answer in zip(conversations, map(query, answers), strict=True):
-            schema, instances = databases[_identity(row)]
+            schema, instances = databases.of(row)
             gold = _gold(sandbox, instances, row)
             outcomes = sandbox.run_all(instances, answer)
             found = verdict(gold, outcomes, is_ordered(row.context["gold"]))
@@ -173,18 +182,38 @@ def score_and_show(
             )
 
 
-def unscorable(conversations: list[Conversation], options: Options) -> Iterator[tuple[Conversation, Refusal]]:
-    """Yield those rows whose reference does not run on every instance of its schema, with the reason."""
-    databases = _databases(conversations, options)
+def unscorable(conversations: Iterable[Conversation], options: Options) -> Iterator[tuple[Conversation, Refusal]]:
+    """Yield those rows whose reference does not run on every instance of its schema, with the reason.
+
+    The conversations are gone through several times.
+    """
+    shares = max(1, min(cores(), sum(1 for _ in conversations) // ROWS_AT_ONCE))
+    work = partial(_unscorable, conversations, options, shares)
+    found = mapped(work, range(shares), 1) if shares > 1 else work([0])
+    for _, row, refusal in sorted(found, key=lambda one: one[0]):
+        if options.unusable == "refuse":
+            raise refusal
+        yield row, refusal
+
+
+def _unscorable(
+    conversations: Iterable[Conversation], options: Options, shares: int, of: list[int]
+) -> list[tuple[int, Conversation, Refusal]]:
+    """The unscorable rows of these shares of the schemas, each with its place among all rows."""
+
+    def own() -> Iterator[tuple[int, Conversation]]:
+        return ((n, row) for n, row in enumerate(conversations) if int(_identity(row), 16) % shares in of)
+
+    found = []
+    databases = _Databases((row for _, row in own()), options)
     with Sandbox(SECONDS_A_QUERY) as sandbox:
-        for row in conversations:
-            _, instances = databases[_identity(row)]
+        for place, row in own():
+            _, instances = databases.of(row)
             try:
                 _gold(sandbox, instances, row)
             except Refusal as refusal:
-                if options.unusable == "refuse":
-                    raise
-                yield row, refusal
+                found.append((place, row, refusal))
+    return found
 
 
 def _gold(sandbox: Sandbox, instances: list[Instance], row: Conversation) -> list[Outcome]:
@@ -203,17 +232,30 @@ def facets(row: Conversation) -> dict[str, str]:
     return {"difficulty": difficulty(row.context["gold"])}
 
 
-def _databases(conversations: list[Conversation], options: Options) -> dict[str, tuple[Schema, list[Instance]]]:
-    """Each schema and its instances, filled with what all the rows that ask it look for."""
-    asked = defaultdict(list)
-    for row in conversations:
-        asked[_identity(row)].append(row.context["gold"])
-    databases = {}
-    for identity, queries in asked.items():
-        schema = Schema.model_validate_json(identity)
-        databases[identity] = schema, fill(schema, queries, options.seed, options.instances)
-    return databases
+class _Databases:
+    """Each schema's instances, filled with what all the rows that ask it look for: made when a row first asks for them,
+    let go when the last one has."""
+
+    def __init__(self, rows: Iterable[Conversation], options: Options):
+        self.options = options
+        self.queries: dict[str, list[str]] = defaultdict(list)
+        for row in rows:
+            self.queries[_identity(row)].append(row.context["gold"])
+        self.asked: Counter[str] = Counter()
+        self.made: dict[str, tuple[Schema, list[Instance]]] = {}
+
+    def of(self, row: Conversation) -> tuple[Schema, list[Instance]]:
+        """The row's schema and its instances; to be asked for once a row."""
+        identity = _identity(row)
+        if identity not in self.made:
+            schema = Schema.model_validate(row.context["schema"])
+            instances = fill(schema, self.queries[identity], self.options.seed, self.options.instances)
+            self.made[identity] = schema, instances
+        self.asked[identity] += 1
+        last = self.asked[identity] == len(self.queries[identity])
+        return self.made.pop(identity) if last else self.made[identity]
 
 
 def _identity(row: Conversation) -> str:
-    return json.dumps(row.context["schema"], ensure_ascii=False)
+    """A digest of the row's schema with what it holds."""
+    return hashlib.sha256(json.dumps(row.context["schema"], ensure_ascii=False).encode()).hexdigest()[:32]
