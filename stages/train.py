@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 
 from stages import timing
 from stages.models.attention import takes_flash
+from stages.models.families import family
 from stages.models.graphs import Graphs, compile_pieces, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.lora import add_adapters, fuse, save_adapter
@@ -82,7 +83,7 @@ class Trainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # TRL casts adapters of a quantized base to bfloat16
         self.recorded = lambda piece: None
-        if takes_flash(model.get_base_model()):
+        if takes_flash(model.get_base_model()) and family(model.get_base_model()).recorded:
             own_gradients(model)
             self.recorded = Graphs(model.get_base_model(), rows).hidden
         self.remove_callback(PrinterCallback)  # Watch prints the same figures, in one line

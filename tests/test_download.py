@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import tiny_tokenizer
 
 from stages import download, params
 from stages.refusal import Refusal
@@ -250,8 +251,45 @@ def test_a_model_without_a_chat_template_is_refused_and_told_those_there_are(top
 
 def test_a_model_keeps_its_own_chat_template_where_none_is_asked_for(top):
     own_model(chat_template="{{ messages }}")
+    tiny_tokenizer().backend_tokenizer.save("models/own/toy/tokenizer.json")
     download.model(model_of("models/own/toy", None), Path("models/base"))
     assert not Path("models/base/chat_template.jinja").exists()
+
+
+def test_a_model_without_a_tokenizer_is_refused(top):
+    own_model()
+    line = refused(download.model, model_of("models/own/toy"), Path("models/base"))
+    assert "tokenizer cannot be opened" in line and "bring its tokenizer.json" in line
+
+
+def ends_answers(after: str, **settings) -> list[int] | None:
+    """The eos_token_id of generation_config.json, of a model whose template writes that after an answer."""
+    own_model(chat_template="{{ messages[-1]['content'] }}" + after, tokenizer_class="PreTrainedTokenizerFast")
+    tiny_tokenizer().backend_tokenizer.save("models/own/toy/tokenizer.json")
+    if settings:
+        Path("models/own/toy/generation_config.json").write_text(json.dumps(settings))
+    download.model(model_of("models/own/toy", None), Path("models/base"))
+    file = Path("models/base/generation_config.json")
+    if not file.exists():
+        return None
+    written = json.loads(file.read_text())
+    assert written | settings | {"eos_token_id": 0} == written | {"eos_token_id": 0}
+    return written["eos_token_id"]
+
+
+@pytest.mark.parametrize(
+    ("after", "settings", "stops"),
+    [
+        ("<end_of_turn>\n", {"eos_token_id": 1, "top_k": 64}, [1, 5]),
+        ("<end_of_turn>\n<eos>", {"eos_token_id": [1, 4]}, [1, 4, 5]),
+        (" <eos>", {"eos_token_id": 1}, 1),  # nothing to add: the file stays as it was
+        (" <eos>", {}, [1]),
+        ("<end_of_turn>\n", {}, [5]),
+        (".", {}, None),  # encode will say what is missing
+    ],
+)
+def test_the_token_that_the_template_ends_an_answer_with_is_one_that_ends_generation(top, after, settings, stops):
+    assert ends_answers(after, **settings) == stops
 
 
 def test_a_chat_template_that_is_not_there_is_refused_before_anything_is_fetched(top):

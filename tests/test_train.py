@@ -130,7 +130,7 @@ def test_weights_that_are_not_finite_stop_training_and_name_step_and_rows(traine
 
 
 def test_a_target_that_no_module_has_is_refused_naming_those_there_are(trained):
-    with pytest.raises(Refusal, match=r"lora.target_modules .*q_projj.* match nothing; there are: .*q_proj"):
+    with pytest.raises(Refusal, match=r"lora.target_modules 'q_projj' matches nothing; there are: .*q_proj"):
         trained("run", **{"lora.target_modules": ["q_projj"]})
 
 
@@ -170,11 +170,11 @@ def test_a_base_of_4_bit_values_gives_another_curve_and_an_adapter_of_the_same_f
 @pytest.mark.parametrize("kind", [_FusedLora, _WideLora])
 def test_the_products_of_adapted_layers_have_exact_gradients(kind):
     draw = torch.Generator().manual_seed(0)
-    shapes = {"x": (2, 5, 4), "weight": (6, 4), "down": (3, 4), "up": (6, 3)}
+    shapes = {"x": (10, 4), "weight": (6, 4), "down": (3, 4), "up": (6, 3)}
     x, weight, down, up = (torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes.values())
     trained = [x.requires_grad_(), down.requires_grad_(), up.requires_grad_()]
     torch.testing.assert_close(kind.apply(x, weight, down, up, 0.5), x @ weight.T + 0.5 * (x @ down.T) @ up.T)
-    outer = torch.randn(2, 5, 6, generator=draw, dtype=torch.float64)
+    outer = torch.randn(10, 6, generator=draw, dtype=torch.float64)
     found = torch.autograd.grad(kind.apply(x, weight, down, up, 0.5), trained, outer)
     expected = torch.autograd.grad(x @ weight.T + 0.5 * (x @ down.T) @ up.T, trained, outer)
     for one, other in zip(found, expected, strict=True):

@@ -13,6 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
+from stages.models.families import adaptable
 from stages.params import Lora
 from stages.refusal import Refusal
 
@@ -22,26 +23,35 @@ CONFIG = "adapter_config.json"
 def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """Adapters in float32, whatever the base's format: AdamW's small steps vanish in bfloat16.
 
-    Raises Refusal where no module has a name of `lora.target_modules`.
+    Raises Refusal where a name of `lora.target_modules` is that of no linear layer of the language model.
     """
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+        target_modules=targets(model, lora.target_modules),
         task_type="CAUSAL_LM",
     )
     set_seed(seed)  # before the adapters are drawn: the Trainer seeds too late
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        if "arget module" not in str(error):
-            raise
-        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        wanted = lora.target_modules
-        raise Refusal(
-            f"params.yaml: lora.target_modules {wanted} match nothing; there are: {', '.join(names)}"
-        ) from None
+    return get_peft_model(model, config)
+
+
+def targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
+    """What PEFT is to adapt: the language model's linear layers, all or those that are called as `wanted` says; whole
+    names where others, those of an image tower, are called the same."""
+    linear = adaptable(model)
+    there = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    names = there if wanted == "all-linear" else sorted(set(wanted))
+    for one in names:
+        if not any(_called(name, [one]) for name in linear):
+            raise Refusal(f"params.yaml: lora.target_modules {one!r} matches nothing; there are: {', '.join(there)}")
+    chosen = sorted(name for name in linear if _called(name, names))
+    return names if chosen == sorted(name for name, _ in model.named_modules() if _called(name, names)) else chosen
+
+
+def _called(module: str, names: list[str]) -> bool:
+    """Whether the module's whole name ends as PEFT asks of one in `target_modules`."""
+    return f".{module}".endswith(tuple(f".{name}" for name in names))
 
 
 class _FusedLora(torch.autograd.Function):
@@ -52,23 +62,21 @@ class _FusedLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, down, up, scaling: float):
-        rows = x.reshape(-1, x.shape[-1])
-        down, up = down.to(x.dtype), up.to(x.dtype)
+    def forward(ctx, rows, weight, down, up, scaling: float):
+        down, up = down.to(rows.dtype), up.to(rows.dtype)
         inner = rows @ down.T
         out = (rows @ dense(weight).T).addmm_(inner, up.T, alpha=scaling)
         ctx.save_for_backward(rows, weight, down, up, inner)
         ctx.scaling = scaling
-        return out.reshape(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
-    def backward(ctx, outer):
+    def backward(ctx, gradient):
         rows, weight, down, up, inner = ctx.saved_tensors
-        gradient = outer.reshape(-1, outer.shape[-1])
         to_inner = (gradient @ up).mul_(ctx.scaling)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (gradient @ dense(weight)).addmm_(to_inner, down).reshape(*outer.shape[:-1], -1)
+            to_x = (gradient @ dense(weight)).addmm_(to_inner, down)
         to_up = (gradient.T @ inner).mul_(ctx.scaling)
         return to_x, None, (to_inner.T @ rows).float(), to_up.float(), None
 
@@ -82,23 +90,21 @@ class _WideLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, down, up, scaling: float):
-        rows = x.reshape(-1, x.shape[-1])
-        down = down.to(x.dtype)
+    def forward(ctx, rows, weight, down, up, scaling: float):
+        down = down.to(rows.dtype)
         inner = rows @ down.T
         ctx.save_for_backward(rows, weight, down, up, inner)
         ctx.scaling = scaling
-        return (torch.cat((rows, inner), dim=1) @ _beside(weight, up, scaling).T).reshape(*x.shape[:-1], -1)
+        return torch.cat((rows, inner), dim=1) @ _beside(weight, up, scaling).T
 
     @staticmethod
-    def backward(ctx, outer):
+    def backward(ctx, gradient):
         rows, weight, down, up, inner = ctx.saved_tensors
-        gradient = outer.reshape(-1, outer.shape[-1])
         to_both = gradient @ _beside(weight, up, ctx.scaling)
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = torch.addmm(to_both[:, : rows.shape[1]], to_inner, down).reshape(*outer.shape[:-1], -1)
+            to_x = torch.addmm(to_both[:, : rows.shape[1]], to_inner, down)
         to_up = (gradient.T @ inner).float() * ctx.scaling
         return to_x, None, (to_inner.T @ rows).float(), to_up, None
 
@@ -153,12 +159,20 @@ def _factors(layer: peft.tuners.lora.LoraLayer) -> tuple[torch.Tensor, torch.Ten
     return layer.get_base_layer().weight, down, up, layer.scaling["default"]
 
 
+def _by_rows(
+    product: type[torch.autograd.Function], layer: peft.tuners.lora.LoraLayer, x: torch.Tensor
+) -> torch.Tensor:
+    """x: [..., in]. Shaped out here, since Gemma 3n scales one such result in place, which autograd forbids where the
+    function itself returns a view."""
+    return product.apply(x.reshape(-1, x.shape[-1]), *_factors(layer)).reshape(*x.shape[:-1], -1)
+
+
 def _fused_forward(layer: peft.tuners.lora.LoraLayer, x: torch.Tensor) -> torch.Tensor:
-    return _FusedLora.apply(x, *_factors(layer))
+    return _by_rows(_FusedLora, layer, x)
 
 
 def _wide_forward(layer: peft.tuners.lora.LoraLayer, x: torch.Tensor) -> torch.Tensor:
-    return _WideLora.apply(x, *_factors(layer))
+    return _by_rows(_WideLora, layer, x)
 
 
 def _gated_forward(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
