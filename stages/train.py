@@ -23,6 +23,7 @@ import pynvml
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -67,6 +68,7 @@ class Trainer(SFTTrainer):
         """What the Trainer saves on its own account goes to `scratch`."""
         self.rows, self.validation_rows = rows, validation_rows
         self.tokens_per_pack = machine.tokens_per_pack
+        self.lora_plus_ratio = train.lora_plus_ratio
         self.history: list[dict] = []
         self.watch = Watch(self)
         planned = schedule(rows, train.batch_size, train.epochs, train.seed, train.order)
@@ -87,6 +89,15 @@ class Trainer(SFTTrainer):
             own_gradients(model)
             self.recorded = Graphs(model.get_base_model(), rows).hidden
         self.remove_callback(PrinterCallback)  # Watch prints the same figures, in one line
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """With train.lora_plus_ratio, LoRA+ (Hayou et al. 2024): B's learning rate so many times A's."""
+        if self.lora_plus_ratio == 1:
+            return super().create_optimizer(model)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        options |= {"loraplus_lr_ratio": self.lora_plus_ratio, "loraplus_weight_decay": self.args.weight_decay}
+        self.optimizer = create_loraplus_optimizer(self.model, kind, **options)
+        return self.optimizer
 
     def _step(self, chosen: list[dict]) -> Step:
         (step,) = chosen
@@ -248,7 +259,7 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
         gradient_accumulation_steps=1,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.schedule,
-        warmup_steps=math.ceil(train.warmup_ratio * steps),
+        warmup_steps=math.ceil(train.warmlora_plus_ratio * steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim="adamw_torch_fused" if machine.device == "cuda" else "adamw_torch",

@@ -9,7 +9,6 @@ import peft
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import write_params
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +24,7 @@ from stages.params import Lora
 from stages.params import load as load_params
 from stages.refusal import Refusal
 from tests import tiny_families
+from tests.conftest import write_params
 
 TOPICS = ("birds", "ships", "stones", "clouds", "rivers", "roads", "songs", "trees")
 TERMINATOR = {"llama2": "</s>", "llama3": "<|eot_id|>", "qwen2": "<|im_end|>"}
@@ -66,7 +66,7 @@ def ran(request, tmp_path_factory):
     return run(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def run(name: str, folder: Path) -> Ran:
+def run(name: str, folder: Path, **overrides) -> Ran:
     """Every stage, in `folder`, from a published checkpoint to the tuned model's answers."""
     for path in ("models/own/toy", "data/raw", "data/own"):
         (folder / path).mkdir(parents=True)
@@ -94,7 +94,8 @@ def run(name: str, folder: Path) -> Ran:
                 "tokens_per_pack": 600,
                 "rows_per_batch": 8,
             },
-        },
+        }
+        | overrides,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -228,13 +229,30 @@ def test_4_bit_values_are_the_language_models_alone(ran):
     assert changed == set(adaptable(ran.plain("base")))
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("gemma3", {"lora.method": "dora", "lora.dropout": 0.1}),
+        ("gemma2", {"lora.method": "rslora", "lora.init": "gaussian"}),
+        ("gemma3n", {"lora.init": "pissa"}),
+        ("llama2", {"lora.init": "olora"}),
+    ],
+)
+def test_other_methods_and_beginnings_of_lora_are_trained_and_merged(name, changed, tmp_path):
+    ran = run(name, tmp_path, **changed)
+    assert ran.read("metrics/merge.json")["max_kl"] < 1e-3
+    assert ran.read("metrics/tuned.json")["loss"] < 0.5 * ran.read("metrics/base.json")["loss"]
+
+
 # what no test tries, and what is left out of targets
 
 
 def test_targets_that_stand_in_the_image_tower_too_are_adapted_in_the_language_model_alone(tmp_path):
     tiny_families.write("gemma3", tmp_path)
     model = load_model(tmp_path, "cpu", torch.float32)
-    lora = Lora(r=2, alpha=2.0, dropout=0.0, target_modules=["q_proj", "v_proj"], quantize=None)
+    lora = Lora(
+        r=2, alpha=2.0, dropout=0.0, target_modules=["q_proj", "v_proj"], method="lora", init="default", quantize=None
+    )
     names = [name for name, _ in add_adapters(model, lora, 0).named_parameters() if "lora_A" in name]
     assert len(names) == 6 and all(".language_model.layers." in name for name in names)
 
@@ -243,7 +261,7 @@ def test_targets_that_stand_in_the_image_tower_too_are_adapted_in_the_language_m
 def test_a_target_that_is_not_in_the_language_model_is_refused_by_name(wanted, tmp_path):
     tiny_families.write("gemma3n", tmp_path)
     model = load_model(tmp_path, "cpu", torch.float32)
-    lora = Lora(r=2, alpha=2.0, dropout=0.0, target_modules=wanted, quantize=None)
+    lora = Lora(r=2, alpha=2.0, dropout=0.0, target_modules=wanted, method="lora", init="default", quantize=None)
     with pytest.raises(
         Refusal, match=rf"target_modules '{wanted[-1]}' matches nothing; there are: down_proj, gate_proj"
     ):

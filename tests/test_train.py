@@ -16,12 +16,20 @@ from safetensors.torch import load_file, save_file
 from stages import train
 from stages.encode import SCHEMA
 from stages.models.load import load_model, pack_loss
-from stages.models.lora import _FusedLora, _WideLora, add_adapters, fuse
+from stages.models.lora import _FusedLora, _WideLora, add_adapters, fuse, load_adapter
 from stages.models.packs import IGNORED, pack
 from stages.params import Lora
 from stages.refusal import Refusal
 
-LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear", "quantize": None}
+LORA = {
+    "r": 4,
+    "alpha": 8.0,
+    "dropout": 0.0,
+    "target_modules": "all-linear",
+    "method": "lora",
+    "init": "default",
+    "quantize": None,
+}
 
 
 def write_tokens(path, count: int, seed: int) -> list[dict]:
@@ -214,3 +222,48 @@ def test_a_gpu_that_does_not_tell_is_asked_once(monkeypatch):
     gauges.look(device)
     gauges.look(device)
     assert len(asked) == 1 and gauges.figures(device) == {}
+
+
+def added(folder) -> dict[str, torch.Tensor]:
+    """What the adapter adds to each weight."""
+    weights = load_file(folder / "adapter/adapter_model.safetensors")
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    downs = [name for name in weights if "lora_A" in name]
+    return {name: scale * weights[name.replace("lora_A", "lora_B")] @ weights[name] for name in downs}
+
+
+@pytest.mark.parametrize("changed", [{"method": "rslora"}, {"method": "dora"}, {"init": "gaussian"}])
+def test_another_method_or_another_beginning_trains_another_adapter_that_peft_knows_by_its_name(changed, trained):
+    plain, folder = trained("plain"), trained("other", **{f"lora.{key}": value for key, value in changed.items()})
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert config["use_rslora"] == (changed.get("method") == "rslora")
+    assert config["use_dora"] == (changed.get("method") == "dora")
+    assert config["init_lora_weights"] == changed.get("init", True)
+    assert curve(folder)[0] == pytest.approx(curve(plain)[0], rel=1e-5)  # at first, an adapter changes nothing
+    assert curve(folder)[-1] != curve(plain)[-1]
+    vectors = {name for name in load_file(folder / "adapter/adapter_model.safetensors") if "magnitude" in name}
+    assert bool(vectors) == config["use_dora"]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_begins_from_the_weights_is_saved_for_the_base_as_it_is(init, trained, tiny_model, tmp_path):
+    folder = trained("run", **{"lora.init": init, "lora.r": 4})
+    again = trained("again", **{"lora.init": init, "lora.r": 4})
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / "adapter" / name).read_bytes() == (again / "adapter" / name).read_bytes()
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["r"]) == (True, 8)
+    plain = load_model(tiny_model, "cpu", torch.float32)
+    rows = pyarrow.parquet.read_table(tmp_path / "validation.parquet").to_pylist()
+    tuned = load_adapter(plain, folder / "adapter").get_base_model()
+    with torch.no_grad():
+        loss = sum(float(pack_loss(tuned, piece)) for piece in pack(rows, 300))
+    supervised = sum(label != IGNORED for row in rows for label in row["labels"])
+    said = json.loads((folder / "train.json").read_text())["validation_loss"]
+    assert loss / supervised == pytest.approx(said, rel=1e-4)
+
+
+def test_with_a_ratio_the_matrices_that_begin_at_zero_learn_so_many_times_faster(trained):
+    plain, fast = added(trained("plain")), added(trained("fast", **{"train.lora_plus_ratio": 16.0}))
+    assert all(fast[name].norm() > 2 * plain[name].norm() for name in plain)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from stages.params import Lora
 from stages.refusal import Refusal
 
 CONFIG = "adapter_config.json"
+# params.yaml's names, as PEFT calls them; PiSSA's decomposition by 16 rounds of subspace iteration, in seconds
+INIT = {"default": True, "gaussian": "gaussian", "pissa": "pissa_niter_16", "olora": "olora"}
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -30,10 +33,17 @@ def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets(model, lora.target_modules),
+        use_rslora=lora.method == "rslora",
+        use_dora=lora.method == "dora",
+        init_lora_weights=INIT[lora.init],
         task_type="CAUSAL_LM",
     )
     set_seed(seed)  # before the adapters are drawn: the Trainer seeds too late
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    if lora.init in ("pissa", "olora"):  # which took out of the base what they put into the adapters
+        adapted.begun_from = tempfile.TemporaryDirectory()
+        adapted.save_pretrained(adapted.begun_from.name)
+    return adapted
 
 
 def targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
@@ -185,8 +195,13 @@ def _compiled_gate() -> Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], 
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write weights and configuration; the configuration sorted and without the path it was trained from."""
-    model.save_pretrained(folder, safe_serialization=True)
+    """Write weights and configuration; the configuration sorted and without the path it was trained from. What began
+    from the base's own directions is saved as its difference to that beginning, of twice the rank, so that it fits the
+    base as it is."""
+    begun = getattr(model, "begun_from", None)
+    model.save_pretrained(
+        folder, safe_serialization=True, path_initial_model_for_weight_conversion=begun and begun.name
+    )
     (folder / "README.md").unlink(missing_ok=True)  # a card that says nothing of this run
     config = json.loads((folder / CONFIG).read_text())
     config["base_model_name_or_path"] = "models/base"
