@@ -1,6 +1,6 @@
 """Each family's tiny model of the tests through the pipeline; how far what must be the same is apart.
 
-    python -m bench.families [FOLDER NAME]
+    python -m bench.families [NAME=FOLDER …]
 
 With FOLDER, a repository in which the pipeline has run, also its real model, under that NAME. Writes
 bench/results/families.json, a row a family.
@@ -43,7 +43,7 @@ def measured(ran: Ran, rows: int) -> dict:
         apart = max(apart, float((packed[start:end] - expected).abs().max()))
     linear = sum(isinstance(module, torch.nn.Linear) for module in plain.modules())
     return {
-        "family": ran.name,
+        "family": plain.config.model_type,
         "class": type(plain).__name__,
         "targets": len(adapted),
         "linear_layers": linear,
@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> None:
     for name in tiny_families.FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
             found.append({"model": "tiny, random", **measured(run(name, Path(folder)), rows=13)})
-    if arguments:
-        folder, name = arguments
-        found.append({"model": name, **measured(Ran(name, Path(folder)), rows=4)})
+    for argument in arguments:
+        name, _, folder = argument.partition("=")
+        found.append({"model": name, **measured(Ran("real", Path(folder)), rows=4)})
     RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
     print(RESULTS.read_text(), file=sys.stderr)
 

@@ -265,7 +265,5 @@ def test_params_are_read_in_no_time_and_without_torch():
 
 @pytest.mark.parametrize("other", [{"lora.method": "dora"}, {"lora.quantize": "nf4"}])
 def test_a_beginning_from_the_weights_goes_with_plain_lora_on_weights_as_they_are(other, params_file, tmp_path):
-    with pytest.raises(
-        Refusal, match=r"^params.yaml: lora: init pissa goes with method lora and quantize null alone; "
-    ):
+    with pytest.raises(Refusal, match=r"params.yaml: lora: init pissa goes with method lora and quantize null alone; "):
         load(params_file(tmp_path, **{"lora.init": "pissa"} | other))
