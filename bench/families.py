@@ -43,7 +43,7 @@ def measured(ran: Ran, rows: int) -> dict:
         apart = max(apart, float((packed[start:end] - expected).abs().max()))
     linear = sum(isinstance(module, torch.nn.Linear) for module in plain.modules())
     return {
-        "family": plain.config.model_type,
+        "family": ran.name if ran.name in tiny_families.FAMILIES else plain.config.model_type,
         "class": type(plain).__name__,
         "targets": len(adapted),
         "linear_layers": linear,

@@ -13,8 +13,10 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_tokenizer
+from tokenizers import pre_tokenizers
 
 from stages import download, params
+from stages.models import gguf as opened
 from stages.refusal import Refusal
 
 ROOT = Path(__file__).parent.parent
@@ -225,6 +227,28 @@ def test_a_gguf_file_without_the_token_that_ends_a_turn_is_refused(top):
     tokens = [token.replace("<end_of_turn>", "<other>") for token in vocabulary()[0]]
     write_gguf(Path("models/own/toy.gguf"), tokens=tokens)
     assert "no <end_of_turn>" in refused(download.model, model_of("models/own/toy.gguf"), Path("models/base"))
+
+
+def test_the_tokenizer_of_smollm_keeps_digits_apart_and_knows_the_end_of_a_turn():
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = ["1 2", "Ġ t", "Ġt h"]
+    tokens = [*control, *letters, *(merge.replace(" ", "") for merge in merges)]
+    metadata = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    found = opened._smollm_tokenizer(metadata)
+    ids = found("a 12 the<|im_end|>").input_ids
+    assert found.convert_ids_to_tokens(ids) == ["a", "Ġ", "1", "2", "Ġth", "e", "<|im_end|>"]
+    assert found.decode(ids) == "a 12 the<|im_end|>"
+    assert (found.bos_token, found.eos_token, found.chat_template) == ("<|im_start|>", "<|im_end|>", "{{ messages }}")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, 4000, -1])
