@@ -163,7 +163,9 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
             engine="batches",
         )
     )
-    lora = Lora(r=16, alpha=16.0, dropout=0.0, target_modules="all-linear", quantize=quantize)
+    lora = Lora(
+        r=16, alpha=16.0, dropout=0.0, target_modules="all-linear", method="lora", init="default", quantize=quantize
+    )
     adapted = add_adapters(load_model(folder, machine.device, machine.dtype, quantize=quantize), lora, 0)
     fuse(adapted)
     if machine.device == "cuda":
@@ -174,6 +176,7 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
         batch_size=ROWS_A_STEP,
         order="shuffled",
         learning_rate=1e-4,
+        lora_plus_ratio=1.0,
         schedule="constant",
         warmup_ratio=0.0,
         weight_decay=0.0,

@@ -9,6 +9,8 @@ import json
 import shutil
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from stages import params
 from stages.outputs import new_folder, write_json
 from stages.refusal import Refusal, run
@@ -50,6 +52,7 @@ def model(section: params.Model, folder: Path) -> Provenance:
     if template:
         shutil.copyfile(template, folder / "chat_template.jinja")
     refuse_without_template(folder)
+    name_terminator(folder)
     write_json(folder / PROVENANCE, {**provenance.model_dump(), "produced": checksums(folder)})
     return provenance
 
@@ -89,6 +92,31 @@ def refuse_without_template(folder: Path) -> None:
     if not inside and not (folder / "chat_template.jinja").is_file():
         known = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
         raise Refusal(f"params.yaml: the model brings no chat template; set model.chat_template to one of: {known}")
+
+
+def name_terminator(folder: Path) -> None:
+    """Put the token that the chat template ends an answer with among those that end one, in generation_config.json:
+    a pretrained checkpoint names the end of the text alone, and a model that was tuned would go on after its answer."""
+    from transformers import AutoTokenizer  # takes a second that no data needs
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        problem = str(error).strip().split("\n")[0]
+        raise Refusal(f"the model's tokenizer cannot be opened ({problem}); bring its tokenizer.json") from None
+    turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+    try:
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("Answer")[2]
+    except TemplateError:  # encode says of which row
+        return
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ends = [token for token in tokenizer(after, add_special_tokens=False).input_ids if token in special][:1]
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = settings.get("eos_token_id", tokenizer.eos_token_id)
+    stops = known if isinstance(known, list) else [known] if known is not None else []
+    if [*stops, *ends] and (set(ends) - set(stops) or "eos_token_id" not in settings):
+        write_json(file, settings | {"eos_token_id": [*stops, *(end for end in ends if end not in stops)]})
 
 
 if __name__ == "__main__":

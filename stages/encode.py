@@ -60,6 +60,7 @@ class Encoder:
             # a tokenizer.json can ask for both, and transformers lifts them at its own calls alone
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
+        self.takes_system = takes_system(tokenizer)
         self.adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
 
     def encode(self, rows: list[Conversation], only_last: bool = False) -> list[Encoded]:
@@ -91,6 +92,9 @@ class Encoder:
 
     def _render(self, row: Conversation, until: int, open_turn: bool) -> str:
         messages = [message.model_dump() for message in row.messages[:until]]
+        if not self.takes_system and messages[0]["role"] == "system" and until > 1:
+            system, first, *others = messages
+            messages = [first | {"content": f"{system['content'].strip()}\n\n{first['content']}"}, *others]
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
         except TemplateError as error:
@@ -121,6 +125,16 @@ class Encoder:
             labels[len(prompt) : end] = whole[len(prompt) : end]
         # nothing after the last terminator is learned or read
         return Encoded(row.id, input_ids[:end], labels[:end], len(turns[-1][0]))
+
+
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes a system message; those of Gemma 1 and 2 refuse it, and some leave it out. Where
+    it does not, the message goes before the first user's, as Gemma 3's own template has it."""
+    turns = [{"role": "system", "content": "system text"}, {"role": "user", "content": "x"}]
+    try:
+        return "system text" in tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:
+        return False
 
 
 def with_examples(row: Conversation, examples: list[Conversation]) -> Conversation:

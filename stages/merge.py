@@ -29,6 +29,9 @@ BESIDE = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "added_tokens.json",
+    "processor_config.json",  # of images and sound, which a multimodal model still understands
+    "preprocessor_config.json",
 )
 
 

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import ruamel.yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from ruamel.yaml.error import YAMLError
 
@@ -116,7 +125,16 @@ class Lora(Section):
     alpha: Annotated[float, Field(gt=0)]
     dropout: Fraction
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+    method: Literal["lora", "rslora", "dora"]
+    init: Literal["default", "gaussian", "pissa", "olora"]
     quantize: Literal["nf4"] | None
+
+    @model_validator(mode="after")
+    def _together(self):
+        if self.init in ("pissa", "olora") and (self.method != "lora" or self.quantize):
+            # they change the base's weights, and what is saved is the difference: twice the rank, and plain LoRA
+            raise ValueError(f"init {self.init} goes with method lora and quantize null alone; set one of them so")
+        return self
 
 
 class Train(Section):
@@ -124,8 +142,9 @@ class Train(Section):
     batch_size: Count
     order: Literal["shuffled", "shared"]
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)]
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"]
-    warmup_ratio: Fraction
+    warmlora_plus_ratio: Fraction
     weight_decay: Annotated[float, Field(ge=0, lt=1)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     validations: Count

@@ -23,12 +23,14 @@ import pynvml
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from stages import timing
 from stages.models.attention import takes_flash
+from stages.models.families import family
 from stages.models.graphs import Graphs, compile_pieces, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.lora import add_adapters, fuse, save_adapter
@@ -66,6 +68,7 @@ class Trainer(SFTTrainer):
         """What the Trainer saves on its own account goes to `scratch`."""
         self.rows, self.validation_rows = rows, validation_rows
         self.tokens_per_pack = machine.tokens_per_pack
+        self.lora_plus_ratio = train.lora_plus_ratio
         self.history: list[dict] = []
         self.watch = Watch(self)
         planned = schedule(rows, train.batch_size, train.epochs, train.seed, train.order)
@@ -82,10 +85,19 @@ class Trainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # TRL casts adapters of a quantized base to bfloat16
         self.recorded = lambda piece: None
-        if takes_flash(model.get_base_model()):
+        if takes_flash(model.get_base_model()) and family(model.get_base_model()).recorded:
             own_gradients(model)
             self.recorded = Graphs(model.get_base_model(), rows).hidden
         self.remove_callback(PrinterCallback)  # Watch prints the same figures, in one line
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """With train.lora_plus_ratio, LoRA+ (Hayou et al. 2024): B's learning rate so many times A's."""
+        if self.lora_plus_ratio == 1:
+            return super().create_optimizer(model)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        options |= {"loraplus_lr_ratio": self.lora_plus_ratio, "loraplus_weight_decay": self.args.weight_decay}
+        self.optimizer = create_loraplus_optimizer(self.model, kind, **options)
+        return self.optimizer
 
     def _step(self, chosen: list[dict]) -> Step:
         (step,) = chosen
@@ -247,7 +259,7 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
         gradient_accumulation_steps=1,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.schedule,
-        warmup_steps=math.ceil(train.warmup_ratio * steps),
+        warmup_steps=math.ceil(train.warmlora_plus_ratio * steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim="adamw_torch_fused" if machine.device == "cuda" else "adamw_torch",

@@ -15,7 +15,7 @@ from stages.refusal import Refusal
 from tools import chat
 
 MACHINE = {"device": "cpu", "dtype": "float32", "devices": 1}
-LORA = Lora(r=4, alpha=64.0, dropout=0.0, target_modules="all-linear", quantize=None)
+LORA = Lora(r=4, alpha=64.0, dropout=0.0, target_modules="all-linear", method="lora", init="default", quantize=None)
 
 
 @pytest.fixture

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import tiny_tokenizer
+from tokenizers import pre_tokenizers
 
 from stages import download, params
+from stages.models import gguf as opened
 from stages.refusal import Refusal
 
 ROOT = Path(__file__).parent.parent
@@ -226,6 +229,28 @@ def test_a_gguf_file_without_the_token_that_ends_a_turn_is_refused(top):
     assert "no <end_of_turn>" in refused(download.model, model_of("models/own/toy.gguf"), Path("models/base"))
 
 
+def test_the_tokenizer_of_smollm_keeps_digits_apart_and_knows_the_end_of_a_turn():
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = ["1 2", "Ġ t", "Ġt h"]
+    tokens = [*control, *letters, *(merge.replace(" ", "") for merge in merges)]
+    metadata = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    found = opened._smollm_tokenizer(metadata)
+    ids = found("a 12 the<|im_end|>").input_ids
+    assert found.convert_ids_to_tokens(ids) == ["a", "Ġ", "1", "2", "Ġth", "e", "<|im_end|>"]
+    assert found.decode(ids) == "a 12 the<|im_end|>"
+    assert (found.bos_token, found.eos_token, found.chat_template) == ("<|im_start|>", "<|im_end|>", "{{ messages }}")
+
+
 @pytest.mark.parametrize("kept", [0, 3, 100, 4000, -1])
 def test_a_gguf_file_cut_short_is_refused(top, kept):
     file = Path("models/own/toy.gguf")
@@ -250,8 +275,45 @@ def test_a_model_without_a_chat_template_is_refused_and_told_those_there_are(top
 
 def test_a_model_keeps_its_own_chat_template_where_none_is_asked_for(top):
     own_model(chat_template="{{ messages }}")
+    tiny_tokenizer().backend_tokenizer.save("models/own/toy/tokenizer.json")
     download.model(model_of("models/own/toy", None), Path("models/base"))
     assert not Path("models/base/chat_template.jinja").exists()
+
+
+def test_a_model_without_a_tokenizer_is_refused(top):
+    own_model()
+    line = refused(download.model, model_of("models/own/toy"), Path("models/base"))
+    assert "tokenizer cannot be opened" in line and "bring its tokenizer.json" in line
+
+
+def ends_answers(after: str, **settings) -> list[int] | None:
+    """The eos_token_id of generation_config.json, of a model whose template writes that after an answer."""
+    own_model(chat_template="{{ messages[-1]['content'] }}" + after, tokenizer_class="PreTrainedTokenizerFast")
+    tiny_tokenizer().backend_tokenizer.save("models/own/toy/tokenizer.json")
+    if settings:
+        Path("models/own/toy/generation_config.json").write_text(json.dumps(settings))
+    download.model(model_of("models/own/toy", None), Path("models/base"))
+    file = Path("models/base/generation_config.json")
+    if not file.exists():
+        return None
+    written = json.loads(file.read_text())
+    assert written | settings | {"eos_token_id": 0} == written | {"eos_token_id": 0}
+    return written["eos_token_id"]
+
+
+@pytest.mark.parametrize(
+    ("after", "settings", "stops"),
+    [
+        ("<end_of_turn>\n", {"eos_token_id": 1, "top_k": 64}, [1, 5]),
+        ("<end_of_turn>\n<eos>", {"eos_token_id": [1, 4]}, [1, 4, 5]),
+        (" <eos>", {"eos_token_id": 1}, 1),  # nothing to add: the file stays as it was
+        (" <eos>", {}, [1]),
+        ("<end_of_turn>\n", {}, [5]),
+        (".", {}, None),  # encode will say what is missing
+    ],
+)
+def test_the_token_that_the_template_ends_an_answer_with_is_one_that_ends_generation(top, after, settings, stops):
+    assert ends_answers(after, **settings) == stops
 
 
 def test_a_chat_template_that_is_not_there_is_refused_before_anything_is_fetched(top):

@@ -242,3 +242,18 @@ def test_the_examples_of_the_stage_are_training_rows_and_as_many_as_asked(
     shown = re.findall(r"user\n(.*?)<end_of_turn>\n<start_of_turn>model\n(.*?)<end_of_turn>", text)
     chosen = sorted(sides["train"], key=lambda one: one.id)[:2]
     assert shown == [(one.messages[0].content, one.reference) for one in chosen] + [("Q?", "q")]
+
+
+REFUSES = "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif -%}"
+LEAVES_OUT = "{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list -%}"
+
+
+@pytest.mark.parametrize("opening", [REFUSES, LEAVES_OUT])
+def test_where_the_template_takes_no_system_message_it_stands_before_the_first_question(opening, tokenizer):
+    asked = row("One?", "First.", "Two?", "Second.")
+    asked = asked.model_copy(update={"messages": [Message(role="system", content=" Be brief.\n"), *asked.messages]})
+    (taken,) = Encoder(tokenizer, STOPS).encode([asked])
+    tokenizer.chat_template = opening + tokenizer.chat_template
+    (folded,) = Encoder(tokenizer, STOPS).encode([asked])
+    assert tokenizer.decode(folded.input_ids).startswith("<bos><start_of_turn>user\nBe brief.\n\nOne?<end_of_turn>")
+    assert folded == taken  # as Gemma 3's own template has it

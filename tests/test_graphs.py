@@ -28,7 +28,9 @@ def rows(count: int, shared: int, chance: random.Random) -> list[dict]:
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize("shared", [0, 60])
 def test_several_packs_of_one_size_give_the_gradients_of_the_unrecorded_pass(tiny_model, shared, quantize):
-    lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", quantize=quantize)
+    lora = Lora(
+        r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", method="lora", init="default", quantize=quantize
+    )
     chance = random.Random(0)
     packs = [pack(rows(6, shared, chance), 10_000)[0] for _ in range(4)]
     found = []

@@ -16,7 +16,7 @@ from stages.models.lora import add_adapters, load_adapter, save_adapter
 from stages.params import Lora
 from stages.refusal import Refusal
 
-LORA = Lora(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", quantize=None)
+LORA = Lora(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", method="lora", init="default", quantize=None)
 MACHINE = {
     "device": "cpu",
     "devices": 1,

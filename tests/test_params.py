@@ -10,7 +10,7 @@ import pytest
 
 from stages import params
 from stages.params import load
-from stages.refusal import run
+from stages.refusal import Refusal, run
 
 ROOT = Path(__file__).parent.parent
 GOOD = (ROOT / "params.yaml").read_text(encoding="utf-8")
@@ -79,8 +79,16 @@ def test_a_whole_number_will_do_where_a_number_is_wanted(params_file, tmp_path):
         (
             "lora.zzz",
             1,
-            "lora.zzz is not a parameter; take it out; those there are: alpha, dropout, quantize, r, target_modules",
+            "lora.zzz is not a parameter; take it out; those there are: alpha, dropout, init, method, quantize, r, "
+            "target_modules",
         ),
+        (
+            "lora.init",
+            "pissa!",
+            "lora.init is the text 'pissa!'; it should be 'default', 'gaussian', 'pissa' or 'olora'",
+        ),
+        ("lora.method", "adalora", "lora.method is the text 'adalora'; it should be 'lora', 'rslora' or 'dora'"),
+        ("train.lora_plus_ratio", 0.5, "train.lora_plus_ratio is 0.5; it should be at least 1"),
         ("task.columns.qestion", "q", "task.columns.qestion is not a parameter; did you mean task.columns.question?"),
         ("lora.r", "sixteen", "lora.r is the text 'sixteen'; it should be a whole number"),
         ("lora.r", "16", "lora.r is the text '16'; it should be a whole number without quotes"),
@@ -253,3 +261,9 @@ def test_the_command_itself_says_whether_a_file_is_sound(key, value, status, par
 def test_params_are_read_in_no_time_and_without_torch():
     code = "import stages.params, sys; stages.params.load(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("other", [{"lora.method": "dora"}, {"lora.quantize": "nf4"}])
+def test_a_beginning_from_the_weights_goes_with_plain_lora_on_weights_as_they_are(other, params_file, tmp_path):
+    with pytest.raises(Refusal, match=r"params.yaml: lora: init pissa goes with method lora and quantize null alone; "):
+        load(params_file(tmp_path, **{"lora.init": "pissa"} | other))

@@ -6,13 +6,37 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from stages.download import TEMPLATES
 
-GEMMA3 = (TEMPLATES / "gemma3.jinja").read_text(encoding="utf-8")
+NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+# how a prompt ends whose answer is next
+OPENING = {"gemma3": "<start_of_turn>model\n", "llama2": " [/INST]", "llama3": "assistant<|end_header_id|>\n\n"}
 
 
-def render(*turns: tuple[str, str], **options) -> str:
+def render(*turns: tuple[str, str], name: str = "gemma3", **options) -> str:
     messages = [{"role": role, "content": content} for role, content in turns]
-    texts, _ = render_jinja_template([messages], chat_template=GEMMA3, bos_token="<bos>", **options)
+    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    texts, _ = render_jinja_template(
+        [messages], chat_template=template, bos_token="<bos>", eos_token="<eos>", **options
+    )
     return texts[0]
+
+
+TALK = ("system", " Be brief. "), ("user", "Hi "), ("assistant", " Yes?"), ("user", "Go")
+
+
+def test_llama_2_writes_instructions_with_the_system_message_in_the_first():
+    assert render(*TALK, name="llama2") == (
+        "<bos>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Yes? <eos><bos>[INST] Go [/INST]"
+    )
+
+
+def test_llama_3_writes_each_role_in_a_header():
+    assert render(*TALK, name="llama3", add_generation_prompt=True) == (
+        "<bos><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nYes?<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nGo<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
 
 
 def test_turns_are_written_with_the_assistant_called_model():
@@ -35,13 +59,15 @@ def test_blanks_around_a_text_are_taken_off_and_those_inside_are_kept():
     assert "user\na  b\n\n c<end_of_turn>" in render(("user", " \n a  b\n\n c \n"))
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("before", [(), (("system", "Be brief."),)])
-def test_a_prompt_is_how_the_whole_conversation_begins(before):
-    prompt = render(*before, ("user", "Hi"), add_generation_prompt=True)
-    assert prompt.endswith("<start_of_turn>model\n")
-    assert render(*before, ("user", "Hi"), ("assistant", "Yes?")).startswith(prompt)
+def test_a_prompt_is_how_the_whole_conversation_begins(before, name):
+    prompt = render(*before, ("user", "Hi"), name=name, add_generation_prompt=True)
+    assert prompt.endswith(OPENING[name])
+    assert render(*before, ("user", "Hi"), ("assistant", "Yes?"), name=name).startswith(prompt)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("roles", "said"),
     [
@@ -52,6 +78,6 @@ def test_a_prompt_is_how_the_whole_conversation_begins(before):
         (["system", "system"], "message 2 is the system's where the user's belongs"),
     ],
 )
-def test_turns_out_of_order_are_refused_by_their_number(roles, said):
+def test_turns_out_of_order_are_refused_by_their_number(roles, said, name):
     with pytest.raises(jinja2.TemplateError, match=said):
-        render(*((role, "text") for role in roles))
+        render(*((role, "text") for role in roles), name=name)

@@ -16,12 +16,20 @@ from safetensors.torch import load_file, save_file
 from stages import train
 from stages.encode import SCHEMA
 from stages.models.load import load_model, pack_loss
-from stages.models.lora import _FusedLora, _WideLora, add_adapters, fuse
+from stages.models.lora import _FusedLora, _WideLora, add_adapters, fuse, load_adapter
 from stages.models.packs import IGNORED, pack
 from stages.params import Lora
 from stages.refusal import Refusal
 
-LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear", "quantize": None}
+LORA = {
+    "r": 4,
+    "alpha": 8.0,
+    "dropout": 0.0,
+    "target_modules": "all-linear",
+    "method": "lora",
+    "init": "default",
+    "quantize": None,
+}
 
 
 def write_tokens(path, count: int, seed: int) -> list[dict]:
@@ -130,7 +138,7 @@ def test_weights_that_are_not_finite_stop_training_and_name_step_and_rows(traine
 
 
 def test_a_target_that_no_module_has_is_refused_naming_those_there_are(trained):
-    with pytest.raises(Refusal, match=r"lora.target_modules .*q_projj.* match nothing; there are: .*q_proj"):
+    with pytest.raises(Refusal, match=r"lora.target_modules 'q_projj' matches nothing; there are: .*q_proj"):
         trained("run", **{"lora.target_modules": ["q_projj"]})
 
 
@@ -170,11 +178,11 @@ def test_a_base_of_4_bit_values_gives_another_curve_and_an_adapter_of_the_same_f
 @pytest.mark.parametrize("kind", [_FusedLora, _WideLora])
 def test_the_products_of_adapted_layers_have_exact_gradients(kind):
     draw = torch.Generator().manual_seed(0)
-    shapes = {"x": (2, 5, 4), "weight": (6, 4), "down": (3, 4), "up": (6, 3)}
+    shapes = {"x": (10, 4), "weight": (6, 4), "down": (3, 4), "up": (6, 3)}
     x, weight, down, up = (torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes.values())
     trained = [x.requires_grad_(), down.requires_grad_(), up.requires_grad_()]
     torch.testing.assert_close(kind.apply(x, weight, down, up, 0.5), x @ weight.T + 0.5 * (x @ down.T) @ up.T)
-    outer = torch.randn(2, 5, 6, generator=draw, dtype=torch.float64)
+    outer = torch.randn(10, 6, generator=draw, dtype=torch.float64)
     found = torch.autograd.grad(kind.apply(x, weight, down, up, 0.5), trained, outer)
     expected = torch.autograd.grad(x @ weight.T + 0.5 * (x @ down.T) @ up.T, trained, outer)
     for one, other in zip(found, expected, strict=True):
@@ -214,3 +222,48 @@ def test_a_gpu_that_does_not_tell_is_asked_once(monkeypatch):
     gauges.look(device)
     gauges.look(device)
     assert len(asked) == 1 and gauges.figures(device) == {}
+
+
+def added(folder) -> dict[str, torch.Tensor]:
+    """What the adapter adds to each weight."""
+    weights = load_file(folder / "adapter/adapter_model.safetensors")
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    downs = [name for name in weights if "lora_A" in name]
+    return {name: scale * weights[name.replace("lora_A", "lora_B")] @ weights[name] for name in downs}
+
+
+@pytest.mark.parametrize("changed", [{"method": "rslora"}, {"method": "dora"}, {"init": "gaussian"}])
+def test_another_method_or_another_beginning_trains_another_adapter_that_peft_knows_by_its_name(changed, trained):
+    plain, folder = trained("plain"), trained("other", **{f"lora.{key}": value for key, value in changed.items()})
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert config["use_rslora"] == (changed.get("method") == "rslora")
+    assert config["use_dora"] == (changed.get("method") == "dora")
+    assert config["init_lora_weights"] == changed.get("init", True)
+    assert curve(folder)[0] == pytest.approx(curve(plain)[0], rel=1e-5)  # at first, an adapter changes nothing
+    assert curve(folder)[-1] != curve(plain)[-1]
+    vectors = {name for name in load_file(folder / "adapter/adapter_model.safetensors") if "magnitude" in name}
+    assert bool(vectors) == config["use_dora"]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_begins_from_the_weights_is_saved_for_the_base_as_it_is(init, trained, tiny_model, tmp_path):
+    folder = trained("run", **{"lora.init": init, "lora.r": 4})
+    again = trained("again", **{"lora.init": init, "lora.r": 4})
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / "adapter" / name).read_bytes() == (again / "adapter" / name).read_bytes()
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["r"]) == (True, 8)
+    plain = load_model(tiny_model, "cpu", torch.float32)
+    rows = pyarrow.parquet.read_table(tmp_path / "validation.parquet").to_pylist()
+    tuned = load_adapter(plain, folder / "adapter").get_base_model()
+    with torch.no_grad():
+        loss = sum(float(pack_loss(tuned, piece)) for piece in pack(rows, 300))
+    supervised = sum(label != IGNORED for row in rows for label in row["labels"])
+    said = json.loads((folder / "train.json").read_text())["validation_loss"]
+    assert loss / supervised == pytest.approx(said, rel=1e-4)
+
+
+def test_with_a_ratio_the_matrices_that_begin_at_zero_learn_so_many_times_faster(trained):
+    plain, fast = added(trained("plain")), added(trained("fast", **{"train.lora_plus_ratio": 16.0}))
+    assert all(fast[name].norm() > 2 * plain[name].norm() for name in plain)

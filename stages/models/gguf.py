@@ -1,6 +1,6 @@
-"""A GGUF file of the Gemma 3 family in; the folder of plain weights, configuration and tokenizer it was made from out.
+"""A GGUF file of Gemma 3 or SmolLM2 in; the folder of plain weights, configuration and tokenizer it was made from out.
 
-transformers can read GGUF, but not well enough here: its Gemma tokenizer is the wrong one, and it needs 90 s.
+transformers can read GGUF, but not well enough here: its tokenizers are the wrong ones, and Gemma needs 90 s.
 """
 
 import contextlib
@@ -16,23 +16,25 @@ import numpy as np
 import torch
 import transformers
 from gguf import GGUFValueType, TokenType
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import modeling_gguf_pytorch_utils as legacy
 from transformers.integrations.gguf import read_gguf_metadata
 
 from stages.outputs import write_json
 from stages.refusal import Refusal
 
-ARCHITECTURES = ("gemma3",)
+OPENED = {"gemma3": "llama", "llama": "smollm"}  # architectures, each with the kind of its vocabulary
 END_OF_TURN = "<end_of_turn>"
 
 
 def dequantize(gguf_file: Path, folder: Path) -> None:
-    """Write the model of `gguf_file` into `folder` as bfloat16 safetensors; raises Refusal when it is not Gemma 3."""
+    """Write the model of `gguf_file` into `folder` as bfloat16 safetensors; raises Refusal when it is another kind."""
     metadata = _metadata(gguf_file)
     print(f"de-quantizing {gguf_file.name}: about 30 s, once", file=sys.stderr)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = _tokenizer(metadata)
+    gemma = metadata["general.architecture"] == "gemma3"
+    tokenizer = _gemma_tokenizer(metadata) if gemma else _smollm_tokenizer(metadata)
     tokenizer.save_pretrained(folder)
     # transformers looks GGUFReader up anew each time, and its progress bar knows no switch
     with _instead(gguf, "GGUFReader", _ShortFields), _instead(legacy, "tqdm", lambda tensors, desc: tensors):
@@ -45,7 +47,7 @@ def dequantize(gguf_file: Path, folder: Path) -> None:
         )
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)],
+        eos_token_id=[tokenizer.eos_token_id, *([tokenizer.convert_tokens_to_ids(END_OF_TURN)] if gemma else [])],
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(folder)
@@ -55,23 +57,51 @@ def dequantize(gguf_file: Path, folder: Path) -> None:
 
 def _metadata(gguf_file: Path) -> dict[str, Any]:
     try:
-        metadata, _ = read_gguf_metadata(str(gguf_file), ("tokenizer.ggml.tokens",))
+        metadata, _ = read_gguf_metadata(str(gguf_file), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
         _ShortFields(gguf_file)  # reads to the last tensor
     except (ValueError, struct.error, IndexError) as error:
         problem = str(error).replace(str(gguf_file), "it")
         raise Refusal(f"{gguf_file.name}: is not a whole GGUF file ({problem}); fetch it again") from None
     architecture, vocabulary = metadata["general.architecture"], metadata.get("tokenizer.ggml.model")
-    if architecture not in ARCHITECTURES or vocabulary != "llama":
+    if vocabulary == "gpt2":  # of which there are many, told apart by how they cut a text before it is merged
+        vocabulary = metadata.get("tokenizer.ggml.pre")
+    if OPENED.get(architecture) != vocabulary:
         raise Refusal(
             f"{gguf_file.name}: is a {architecture} model with a {vocabulary} tokenizer; GGUF is opened for "
-            f"{', '.join(ARCHITECTURES)} only: take the safetensors of this model"
+            f"{' and '.join(f'{a} with {v}' for a, v in OPENED.items())} only: take the safetensors of this model"
         )
-    if END_OF_TURN not in metadata["tokenizer.ggml.tokens"]:
+    if architecture == "gemma3" and END_OF_TURN not in metadata["tokenizer.ggml.tokens"]:
         raise Refusal(f"{gguf_file.name}: its vocabulary has no {END_OF_TURN}; take the safetensors of this model")
     return metadata
 
 
-def _tokenizer(metadata: dict[str, Any]) -> transformers.PreTrainedTokenizerBase:
+def _special(metadata: dict[str, Any]) -> dict[str, str]:
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    pieces = metadata["tokenizer.ggml.tokens"]
+    return {f"{name}_token": pieces[metadata[f"tokenizer.ggml.{key}_token_id"]] for name, key in names.items()}
+
+
+def _smollm_tokenizer(metadata: dict[str, Any]) -> transformers.PreTrainedTokenizerBase:
+    """SmolLM2's, byte-level byte-pair encoding in which every digit stands alone.
+
+    transformers 5.17 takes Llama 3's for it, merges digits, and calls the beginning of a text its end.
+    """
+    pieces, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
+    made = Tokenizer(
+        models.BPE({piece: number for number, piece in enumerate(pieces)}, [tuple(m.split(" ")) for m in merges])
+    )
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    types = metadata["tokenizer.ggml.token_type"]
+    made.add_special_tokens([p for p, kind in zip(pieces, types, strict=True) if kind == TokenType.CONTROL])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, chat_template=metadata.get("tokenizer.chat_template"), **_special(metadata)
+    )
+
+
+def _gemma_tokenizer(metadata: dict[str, Any]) -> transformers.PreTrainedTokenizerBase:
     """The Gemma tokenizer, byte-pair encoding, from the vocabulary in the file.
 
     transformers 5.17 makes a Unigram tokenizer of it, which segments otherwise, and which when saved and loaded again
@@ -88,15 +118,11 @@ def _tokenizer(metadata: dict[str, Any]) -> transformers.PreTrainedTokenizerBase
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
-    special = {
-        f"{name}_token": pieces[metadata[f"tokenizer.ggml.{key}_token_id"]]
-        for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
-    }
     tokenizer = transformers.GemmaTokenizer(
         vocab=vocabulary,
         merges=merges,
         add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", True),  # as Google's does
-        **special,
+        **_special(metadata),
     )
     types = metadata["tokenizer.ggml.token_type"]
     tokenizer.add_tokens(

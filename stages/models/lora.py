@@ -2,6 +2,7 @@
 
 import functools
 import json
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -13,35 +14,54 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
+from stages.models.families import adaptable
 from stages.params import Lora
 from stages.refusal import Refusal
 
 CONFIG = "adapter_config.json"
+# params.yaml's names, as PEFT calls them; PiSSA's decomposition by 16 rounds of subspace iteration, in seconds
+INIT = {"default": True, "gaussian": "gaussian", "pissa": "pissa_niter_16", "olora": "olora"}
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """Adapters in float32, whatever the base's format: AdamW's small steps vanish in bfloat16.
 
-    Raises Refusal where no module has a name of `lora.target_modules`.
+    Raises Refusal where a name of `lora.target_modules` is that of no linear layer of the language model.
     """
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
+        target_modules=targets(model, lora.target_modules),
+        use_rslora=lora.method == "rslora",
+        use_dora=lora.method == "dora",
+        init_lora_weights=INIT[lora.init],
         task_type="CAUSAL_LM",
     )
     set_seed(seed)  # before the adapters are drawn: the Trainer seeds too late
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        if "arget module" not in str(error):
-            raise
-        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        wanted = lora.target_modules
-        raise Refusal(
-            f"params.yaml: lora.target_modules {wanted} match nothing; there are: {', '.join(names)}"
-        ) from None
+    adapted = get_peft_model(model, config)
+    if lora.init in ("pissa", "olora"):  # which took out of the base what they put into the adapters
+        adapted.begun_from = tempfile.TemporaryDirectory()
+        adapted.save_pretrained(adapted.begun_from.name)
+    return adapted
+
+
+def targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
+    """What PEFT is to adapt: the language model's linear layers, all or those that are called as `wanted` says; whole
+    names where others, those of an image tower, are called the same."""
+    linear = adaptable(model)
+    there = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    names = there if wanted == "all-linear" else sorted(set(wanted))
+    for one in names:
+        if not any(_called(name, [one]) for name in linear):
+            raise Refusal(f"params.yaml: lora.target_modules {one!r} matches nothing; there are: {', '.join(there)}")
+    chosen = sorted(name for name in linear if _called(name, names))
+    return names if chosen == sorted(name for name, _ in model.named_modules() if _called(name, names)) else chosen
+
+
+def _called(module: str, names: list[str]) -> bool:
+    """Whether the module's whole name ends as PEFT asks of one in `target_modules`."""
+    return f".{module}".endswith(tuple(f".{name}" for name in names))
 
 
 class _FusedLora(torch.autograd.Function):
@@ -52,23 +72,21 @@ class _FusedLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, down, up, scaling: float):
-        rows = x.reshape(-1, x.shape[-1])
-        down, up = down.to(x.dtype), up.to(x.dtype)
+    def forward(ctx, rows, weight, down, up, scaling: float):
+        down, up = down.to(rows.dtype), up.to(rows.dtype)
         inner = rows @ down.T
         out = (rows @ dense(weight).T).addmm_(inner, up.T, alpha=scaling)
         ctx.save_for_backward(rows, weight, down, up, inner)
         ctx.scaling = scaling
-        return out.reshape(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
-    def backward(ctx, outer):
+    def backward(ctx, gradient):
         rows, weight, down, up, inner = ctx.saved_tensors
-        gradient = outer.reshape(-1, outer.shape[-1])
         to_inner = (gradient @ up).mul_(ctx.scaling)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (gradient @ dense(weight)).addmm_(to_inner, down).reshape(*outer.shape[:-1], -1)
+            to_x = (gradient @ dense(weight)).addmm_(to_inner, down)
         to_up = (gradient.T @ inner).mul_(ctx.scaling)
         return to_x, None, (to_inner.T @ rows).float(), to_up.float(), None
 
@@ -82,23 +100,21 @@ class _WideLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, down, up, scaling: float):
-        rows = x.reshape(-1, x.shape[-1])
-        down = down.to(x.dtype)
+    def forward(ctx, rows, weight, down, up, scaling: float):
+        down = down.to(rows.dtype)
         inner = rows @ down.T
         ctx.save_for_backward(rows, weight, down, up, inner)
         ctx.scaling = scaling
-        return (torch.cat((rows, inner), dim=1) @ _beside(weight, up, scaling).T).reshape(*x.shape[:-1], -1)
+        return torch.cat((rows, inner), dim=1) @ _beside(weight, up, scaling).T
 
     @staticmethod
-    def backward(ctx, outer):
+    def backward(ctx, gradient):
         rows, weight, down, up, inner = ctx.saved_tensors
-        gradient = outer.reshape(-1, outer.shape[-1])
         to_both = gradient @ _beside(weight, up, ctx.scaling)
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = torch.addmm(to_both[:, : rows.shape[1]], to_inner, down).reshape(*outer.shape[:-1], -1)
+            to_x = torch.addmm(to_both[:, : rows.shape[1]], to_inner, down)
         to_up = (gradient.T @ inner).float() * ctx.scaling
         return to_x, None, (to_inner.T @ rows).float(), to_up, None
 
@@ -153,12 +169,20 @@ def _factors(layer: peft.tuners.lora.LoraLayer) -> tuple[torch.Tensor, torch.Ten
     return layer.get_base_layer().weight, down, up, layer.scaling["default"]
 
 
+def _by_rows(
+    product: type[torch.autograd.Function], layer: peft.tuners.lora.LoraLayer, x: torch.Tensor
+) -> torch.Tensor:
+    """x: [..., in]. Shaped out here, since Gemma 3n scales one such result in place, which autograd forbids where the
+    function itself returns a view."""
+    return product.apply(x.reshape(-1, x.shape[-1]), *_factors(layer)).reshape(*x.shape[:-1], -1)
+
+
 def _fused_forward(layer: peft.tuners.lora.LoraLayer, x: torch.Tensor) -> torch.Tensor:
-    return _FusedLora.apply(x, *_factors(layer))
+    return _by_rows(_FusedLora, layer, x)
 
 
 def _wide_forward(layer: peft.tuners.lora.LoraLayer, x: torch.Tensor) -> torch.Tensor:
-    return _WideLora.apply(x, *_factors(layer))
+    return _by_rows(_WideLora, layer, x)
 
 
 def _gated_forward(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -171,8 +195,13 @@ def _compiled_gate() -> Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], 
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write weights and configuration; the configuration sorted and without the path it was trained from."""
-    model.save_pretrained(folder, safe_serialization=True)
+    """Write weights and configuration; the configuration sorted and without the path it was trained from. What began
+    from the base's own directions is saved as its difference to that beginning, of twice the rank, so that it fits the
+    base as it is."""
+    begun = getattr(model, "begun_from", None)
+    model.save_pretrained(
+        folder, safe_serialization=True, path_initial_model_for_weight_conversion=begun and begun.name
+    )
     (folder / "README.md").unlink(missing_ok=True)  # a card that says nothing of this run
     config = json.loads((folder / CONFIG).read_text())
     config["base_model_name_or_path"] = "models/base"
