@@ -144,7 +144,7 @@ class Train(Section):
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)]
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"]
-    warmlora_plus_ratio: Fraction
+    warmup_ratio: Fraction
     weight_decay: Annotated[float, Field(ge=0, lt=1)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     validations: Count

@@ -259,7 +259,7 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
         gradient_accumulation_steps=1,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.schedule,
-        warmup_steps=math.ceil(train.warmlora_plus_ratio * steps),
+        warmup_steps=math.ceil(train.warmup_ratio * steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim="adamw_torch_fused" if machine.device == "cuda" else "adamw_torch",
