@@ -66,7 +66,8 @@ def test_rows_become_the_same_conversations_on_several_processes(monkeypatch):
 
 
 def test_unscorable_rows_are_the_same_on_several_processes(monkeypatch):
-    bad = [row(f"{n}?", BIG, f"SELECT SUM(a) FROM t LIMIT {n}") for n in range(1, 4)]
+    schemas = [BIG.replace("(a BIGINT)", f"(a BIGINT, c{n} INT)").replace("INTO t", "INTO t (a)") for n in range(6)]
+    bad = [row(f"{n}?", schema, "SELECT SUM(a) FROM t") for n, schema in enumerate(schemas)]
     good = [row(*one[:3]) for one in ROWS]
     rows = conversations(good[0], bad[0], *good[1:4], *bad[1:], *good[4:])
     drop, refuse = options(unusable="drop"), options(unusable="refuse")
@@ -74,6 +75,6 @@ def test_unscorable_rows_are_the_same_on_several_processes(monkeypatch):
     monkeypatch.setattr(text_to_sql, "ROWS_AT_ONCE", 2)
     monkeypatch.setattr(text_to_sql, "cores", lambda: 2)
     assert list(map(str, text_to_sql.unscorable(rows, drop))) == list(map(str, alone))
-    assert [one.prompt[0].content[-2:] for one, _ in alone] == ["1?", "2?", "3?"]
+    assert [one.prompt[0].content[-2:] for one, _ in alone] == [f"{n}?" for n in range(6)]
     with pytest.raises(Refusal, match=r"^gretel.jsonl line 2: the reference query does not run: integer overflow"):
         list(text_to_sql.unscorable(rows, refuse))
