@@ -322,6 +322,12 @@ def test_how_the_run_went_is_told_and_not_in_git(pipeline):
     assert "run.html" not in pipeline.run("git", "status", "--porcelain", "-uall")
 
 
+def test_outputs_are_links_into_the_cache_and_not_copies(pipeline):
+    cached = {file.stat().st_ino for file in (pipeline.folder / ".dvc/cache").rglob("*") if file.is_file()}
+    for name in ("models/base/model.safetensors", "models/merged/model.safetensors", "data/tokens/train.parquet"):
+        assert (pipeline.folder / name).stat().st_ino in cached, name  # of a symbolic link, what it points to
+
+
 def test_nothing_runs_when_nothing_has_changed(pipeline):
     assert pipeline.repro() == set()
 
