@@ -151,6 +151,7 @@ class Machine(Section):
     devices: Literal["auto"] | Annotated[int, Field(ge=1, le=64)]
     tokens_per_pack: Literal["auto"] | Count
     rows_per_batch: Literal["auto"] | Count
+    checkpoint_minutes: Literal["auto"] | Annotated[float, Field(gt=0, le=10**6)]
 
 
 class Params(Section):

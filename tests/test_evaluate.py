@@ -19,7 +19,14 @@ ARGUMENTS = [
     "data/answers/base.jsonl",
     "metrics/base.json",
 ]
-MACHINE = {"device": "cpu", "devices": 1, "dtype": "float32", "tokens_per_pack": 64, "rows_per_batch": 4}
+MACHINE = {
+    "device": "cpu",
+    "devices": 1,
+    "dtype": "float32",
+    "tokens_per_pack": 64,
+    "rows_per_batch": 4,
+    "checkpoint_minutes": "auto",
+}
 
 
 @pytest.fixture

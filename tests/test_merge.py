@@ -17,7 +17,14 @@ from stages.params import Lora
 from stages.refusal import Refusal
 
 LORA = Lora(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", quantize=None)
-MACHINE = {"device": "cpu", "devices": 1, "dtype": "float32", "tokens_per_pack": 64, "rows_per_batch": 4}
+MACHINE = {
+    "device": "cpu",
+    "devices": 1,
+    "dtype": "float32",
+    "tokens_per_pack": 64,
+    "rows_per_batch": 4,
+    "checkpoint_minutes": "auto",
+}
 
 
 @pytest.fixture(scope="module")
