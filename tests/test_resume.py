@@ -1,19 +1,23 @@
 """Training that is killed, at any moment, and goes on: the same bytes, nothing stale, one trainer at a time."""
 
+import contextlib
+import hashlib
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from stages.models.checkpoints import Checkpoint, Run, _read, opened
 from tests import forkserver
-from tests.conftest import ROOT, write_params
+from tests.conftest import ROOT, write_params, write_tiny_model
 from tests.test_train import LORA, write_tokens
 
 # Runs the stage and kills it with SIGKILL, at the step or inside of the checkpoint that its first argument says.
@@ -115,22 +119,28 @@ class Place:
         return sorted(self.folder.glob(".runs/*/step*"))
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
+@contextlib.contextmanager
+def started(folder: Path) -> Iterator[Path]:
     """A folder with a `python` that has the libraries imported already."""
-    folder = tmp_path_factory.mktemp("python")
+    socket = folder / "s"
     server = subprocess.Popen(
-        [sys.executable, forkserver.__file__, "serve", str(folder / "s")],
+        [sys.executable, forkserver.__file__, "serve", str(socket)],
         stdin=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    forkserver.install(folder, folder / "s")
-    while not (folder / "s").exists():
+    forkserver.install(folder, socket)
+    while not socket.exists():
         assert server.poll() is None
         time.sleep(0.05)
     yield folder
     server.stdin.close()
     server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    with started(tmp_path_factory.mktemp("python")) as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -146,13 +156,41 @@ def undisturbed(tmp_path_factory, python, tiny_model):
     return there.outputs()
 
 
+def edit_code(there: Place) -> None:
+    path = there.folder / "stages/train.py"
+    text = path.read_text()
+    assert text.count("weight_decay=train.weight_decay") == 1
+    path.write_text(text.replace("weight_decay=train.weight_decay", "weight_decay=train.weight_decay + 0.1"))
+
+
+def edit_package(there: Place) -> None:
+    """As if another version of a library were installed."""
+    path = there.folder / "peft-0.0.0.dist-info/METADATA"
+    path.parent.mkdir()
+    path.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.0\n")
+
+
+EDITS: dict[str, Callable[[Place], object]] = {
+    "alpha": lambda there: there.set(**{"lora.alpha": 32.0}),
+    "dropout": lambda there: there.set(**{"lora.dropout": 0.2}),
+    "learning rate": lambda there: there.set(**{"train.learning_rate": 0.005}),
+    "seed": lambda there: there.set(**{"train.seed": 1}),
+    "pack": lambda there: there.set(**{"machine.tokens_per_pack": 150}),
+    "training row": lambda there: write_tokens(there.folder / "train.parquet", 22, 7),
+    "validation row": lambda there: write_tokens(there.folder / "validation.parquet", 5, 8),
+    "weights": lambda there: write_tiny_model(there.folder / "base", seed=1),
+    "code": edit_code,
+    "package": edit_package,
+}
+
+
 def after(said: str) -> int | None:
     """The step after which training said it went on."""
     found = re.search(r"going on after step (\d+) of 12", said)
     return found and int(found[1])
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 11])
+@pytest.mark.parametrize("step", [1, 5, 11])
 def test_a_training_killed_at_a_step_goes_on_there_and_gives_the_same_bytes(place, undisturbed, step):
     there = place("killed")
     there.killed(f"step:{step}")
@@ -196,26 +234,47 @@ def test_a_kill_inside_a_checkpoints_writing_leaves_the_one_before(place, undist
     assert there.outputs() == undisturbed
 
 
+@pytest.mark.parametrize("edited", ["alpha", "training row", "code", "package"])
+def test_what_decides_the_result_changed_training_begins_anew(place, edited):
+    """All of EDITS are in bench/kills.py."""
+    killed, clean = place("killed"), place("clean")
+    killed.killed("step:6")
+    for there in (killed, clean):
+        EDITS[edited](there)
+    assert after(killed.train()) is None
+    clean.train()
+    assert killed.outputs() == clean.outputs()
+
+
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted", "longer"])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(place, undisturbed, file, damage):
-    there = place("damaged")
-    there.killed("step:6")
-    older, newest = there.checkpoints()
-    path = newest / file
+def test_a_damaged_file_of_a_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path, capsys, file, damage):
+    run = Run(tmp_path / "run", "auto")
+    for step in (1, 2, 3):
+        run.save(Checkpoint(step, {"x": torch.full((3,), float(step))}, {"history": [step]}))
+    path = max((tmp_path / "run").iterdir()) / file
     content = bytearray(path.read_bytes())
-    if damage == "truncated":
-        path.write_bytes(content[:-1])
-    if damage == "flipped":
-        content[random.Random(file).randrange(len(content))] ^= 1
-        path.write_bytes(content)
     if damage == "deleted":
         path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[:-1])
     if damage == "longer":
         path.write_bytes(content + b"\n")
-    said = there.train()
-    assert after(said) == 5 and newest.name in said and older.name not in said
-    assert there.outputs() == undisturbed
+    for place in range(len(content)) if damage == "flipped" else [0]:
+        if damage == "flipped":
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            assert _refuses(path.parent)
+    found = run.latest()
+    assert (found.step, found.state, found.tensors["x"].tolist()) == (2, {"history": [2]}, [2.0, 2.0, 2.0])
+    assert "step000000003" in capsys.readouterr().err
+
+
+def _refuses(folder: Path) -> bool:
+    try:
+        _read(folder)
+    except (OSError, ValueError):
+        return True
+    return False
 
 
 def test_with_every_checkpoint_damaged_training_begins_anew(place, undisturbed):
@@ -232,4 +291,81 @@ def test_checkpoints_are_gone_once_the_stage_is_done_and_at_most_two_are_kept_ti
     there.killed("step:9")
     assert [int(path.name[4:13]) for path in there.checkpoints()] == [8, 9]
     there.train()
-    assert not there.checkpoints() and not any(path.is_dir() for path in (there.folder / ".runs").iterdir())
+    assert not any(path.is_dir() for path in (there.folder / ".runs").iterdir())
+
+
+def test_a_training_that_was_done_when_dvc_was_killed_is_not_done_again(place, undisturbed):
+    there = place("done")
+    dvc = {"DVC_ROOT": str(there.folder), "DVC_STAGE": "train"}
+    there.train(**dvc)
+    shutil.rmtree(there.folder / "adapter")  # as DVC does before it runs a stage again
+    assert after(there.train(**dvc)) == 12
+    assert there.outputs() == undisturbed
+
+
+def test_a_training_whose_result_dvc_has_is_done_again_when_dvc_asks(place, undisturbed):
+    there = place("forced")
+    dvc = {"DVC_ROOT": str(there.folder), "DVC_STAGE": "train"}
+    there.train(**dvc)
+    recorded = hashlib.md5((there.folder / "loss.csv").read_bytes()).hexdigest()
+    (there.folder / "dvc.lock").write_text(f"md5: {recorded}\n")
+    assert after(there.train(**dvc)) is None
+    assert there.outputs() == undisturbed
+
+
+def test_checkpoints_lie_where_dvc_says_its_repository_is(place, tmp_path):
+    there = place("temporary")
+    there.killed("step:2", DVC_ROOT=str(tmp_path))
+    assert list(tmp_path.glob(".runs/*/step*")) and not there.checkpoints()
+
+
+def test_a_second_trainer_beside_a_living_one_refuses_in_one_line_and_the_first_goes_on(place):
+    there = place("two")
+    there.set(**{"train.epochs": 200.0})
+    first = there.start("stages.train")
+    while not there.checkpoints():
+        assert first.poll() is None
+        time.sleep(0.02)
+    for changes in ({}, {"lora.r": 2}):  # the same adapter; and another, into the same folder
+        there.set(**{"train.epochs": 200.0, **changes})
+        said = there.train(status=2)
+        assert re.fullmatch(r"error: adapter: another training .*: process \d+; wait for its end, or end it\n", said)
+    assert first.poll() is None
+    (process,) = {int(path.read_text()) for path in there.folder.glob(".runs/*.lock") if path.read_text()}
+    os.kill(process, signal.SIGTERM)
+    assert "stopped by SIGTERM" in first.communicate(timeout=30)[1]
+    assert first.returncode == 128 + signal.SIGTERM and not (there.folder / "adapter").exists()
+
+
+def test_checkpoints_that_nobody_went_on_from_for_long_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("old", "new"):
+        (tmp_path / ".runs" / name).mkdir(parents=True)
+    os.utime(tmp_path / ".runs/old", (0, 0))
+    with opened(Path("adapter"), {"seed": 1}, "auto"):
+        assert not (tmp_path / ".runs/old").exists() and (tmp_path / ".runs/new").exists()
+
+
+def test_the_interval_chosen_here_costs_a_hundredth_of_the_time_at_most(tmp_path, monkeypatch):
+    clock = iter([0.0, 0.0, 3.0, 302.0, 304.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    run = Run(tmp_path / "run", "auto")
+    run.save(Checkpoint(1, {"x": torch.zeros(1)}, {}))  # takes 3 s
+    assert not run.due and run.due
+
+
+def test_training_draws_from_no_random_numbers_but_torchs(place):
+    there = place("drawn")
+    driver = (there.folder / "driver.py").read_text()
+    check = """
+import random
+import numpy
+def watched(self, *inputs, training_step=train.Trainer.training_step):
+    before = random.getstate(), numpy.random.get_state()[1].tolist()
+    loss = training_step(self, *inputs)
+    assert before == (random.getstate(), numpy.random.get_state()[1].tolist())
+    return loss
+train.Trainer.training_step = watched
+refusal.run"""
+    (there.folder / "driver.py").write_text(driver.replace("refusal.run", check))
+    assert there.start("driver", "none:0").wait(60) == 0
