@@ -25,6 +25,7 @@ from pathlib import Path
 from bench.checkpoints import RESULTS
 from stages.outputs import write_json
 from tests.conftest import ROOT, write_params, write_tiny_model
+from tests.test_refusal import alive
 from tests.test_resume import EDITS, Place, started
 from tests.test_train import write_tokens
 
@@ -43,7 +44,7 @@ stages:
 """
 OUTPUTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "train.json", "loss.csv")
 SETTINGS = {
-    "train.epochs": 60.0,
+    "train.epochs": 15.0,
     "train.batch_size": 4,
     "train.learning_rate": 0.01,
     "lora.r": 8,
@@ -151,7 +152,7 @@ def disturbed(repository: Repository, target: str, inside: bool, chance: random.
     stage = None
     while stage is None and dvc.poll() is None:
         stage = stage_of(dvc.pid)
-        time.sleep(0.002)
+        time.sleep(0.02)
     if stage is None:
         return False
     if inside:
@@ -165,9 +166,10 @@ def disturbed(repository: Repository, target: str, inside: bool, chance: random.
     killed = kill(target, dvc, stage)
     within = repository.writing()
     deadline = time.monotonic() + 10
-    while dvc.poll() is None or Path(f"/proc/{stage}").exists():
+    while dvc.poll() is None or alive(stage):
         if time.monotonic() > deadline:
             counts["left_running"] += 1
+            print(f"{stage} lives on after a kill of {target}", file=sys.stderr, flush=True)
             break
         time.sleep(0.01)
     if killed:
@@ -226,7 +228,13 @@ def main(arguments: list[str]) -> None:
         clean, _ = repository.finish()
         steps = json.loads((repository.folder / "train.json").read_text())["steps"]
         counts = campaign(repository, clean)
-        found = {**counts, "steps": steps, "interval_seconds": INTERVAL_SECONDS, "settings": SETTINGS}
+        found = {
+            "left_running": 0,
+            **counts,
+            "steps": steps,
+            "interval_seconds": INTERVAL_SECONDS,
+            "settings": SETTINGS,
+        }
     print(json.dumps(found, indent=2))
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     write_json(RESULTS, {**known, **found})

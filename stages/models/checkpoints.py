@@ -157,7 +157,10 @@ def _locked(path: Path, busy: str) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def _delete_old(runs: Path) -> None:
