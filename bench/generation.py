@@ -35,7 +35,7 @@ from stages.models.generate import attention_for_generation, generate
 from stages.models.load import load_model
 from stages.models.machine import resolve
 from stages.outputs import write_json
-from stages.params import Machine
+from stages.params import load
 
 RESULTS = Path("bench/results/evaluation.json")
 NEW = 80
@@ -130,9 +130,7 @@ def never(tokens: list[int]) -> bool:
 
 
 def main(arguments: list[str]) -> None:
-    machine = resolve(
-        Machine(device="auto", devices=1, dtype="auto", tokens_per_pack="auto", rows_per_batch="auto", engine="batches")
-    )
+    machine = resolve(load().machine.model_copy(update={"devices": 1}))
     with tempfile.TemporaryDirectory() as scratch:
         if arguments[0] in SHAPES:
             folder = Path(scratch)

@@ -145,6 +145,7 @@ class Marks(TrainerCallback):
 
 def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "auto", profiled: bool = False) -> dict:
     from stages import train
+    from stages.models.checkpoints import Run
     from stages.models.graphs import compile_pieces
     from stages.models.load import load_model
     from stages.models.lora import add_adapters, fuse
@@ -161,6 +162,7 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
             tokens_per_pack=tokens_per_pack,
             rows_per_batch="auto",
             engine="batches",
+            checkpoint_minutes="auto",
         )
     )
     lora = Lora(
@@ -184,7 +186,9 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
         validations=1,
         seed=0,
     )
-    trainer = train.Trainer(adapted, tokenizer(), settings, machine, made, made[:2], tempfile.mkdtemp())
+    scratch = tempfile.mkdtemp()
+    run = Run(Path(scratch) / "checkpoints", 10**6)
+    trainer = train.Trainer(adapted, tokenizer(), settings, machine, made, made[:2], scratch, run, None)
     trainer.add_callback(marks)
     if profiled:
         trainer.add_callback(Profile())

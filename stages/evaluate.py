@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from stages.models.load import load_model, mean_loss, row_losses
 from stages.models.machine import Resolved, resolve
 from stages.outputs import write_json, write_jsonl
 from stages.params import Params, load
-from stages.refusal import run
+from stages.refusal import die_with_parent, run
 
 
 def stops_of(folder: Path) -> set[int]:
@@ -87,7 +88,8 @@ def answer_on_all(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     shares = [order[number :: len(machine.devices)] for number in range(len(machine.devices))]
     answers: dict[int, Answer] = {}
-    with ProcessPoolExecutor(len(shares), multiprocessing.get_context("spawn")) as pool:
+    workers = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(shares), workers, initializer=die_with_parent, initargs=(os.getpid(),)) as pool:
         work = {
             pool.submit(answer_on, device, folder, params, machine, [prompts[i] for i in share]): share
             for device, share in zip(machine.devices, shares, strict=True)

@@ -1,6 +1,7 @@
 """Outputs that are there whole or not at all: written under another name beside their place, then renamed into it."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -12,8 +13,7 @@ from typing import Any
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; it becomes `path` when the block ends, and is deleted when the block fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         yield partial
         partial.replace(path)
@@ -21,11 +21,23 @@ def new_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def _partial(path: Path) -> Path:
+    """Where to write what becomes `path`; what processes that are gone had begun of it is deleted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for begun in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        try:
+            os.kill(int(begun.suffixes[-2][1:]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(begun) if begun.is_dir() else begun.unlink()
+        except (ValueError, PermissionError):
+            continue  # no process's; or another user's, which lives
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it replaces `path` when the block ends, and is deleted when the block fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     partial.mkdir()
     try:
         yield partial

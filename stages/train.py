@@ -5,13 +5,20 @@
 
 An optimizer step is train.batch_size rows, whatever the memory: the rows are cut into packs that fit the machine, and
 the loss is the sum over the step's supervised tokens divided by their number, over all packs.
+
+Checkpoints are written as it goes (machine.checkpoint_minutes). After a kill the same command goes on from the last
+one, and gives the bytes that it would have given undisturbed.
 """
 
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
 
 import csv
+import dataclasses
+import hashlib
+import io
 import itertools
 import math
+import os
 import sys
 import tempfile
 import time
@@ -30,6 +37,7 @@ from trl import SFTConfig, SFTTrainer
 
 from stages import timing
 from stages.models.attention import takes_flash
+from stages.models.checkpoints import Checkpoint, Run, checksums, opened, surroundings
 from stages.models.families import family
 from stages.models.graphs import Graphs, compile_pieces, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
@@ -37,8 +45,9 @@ from stages.models.lora import add_adapters, fuse, save_adapter
 from stages.models.machine import Resolved, resolve
 from stages.models.packs import Pack, pack
 from stages.models.schedule import schedule
+from stages.models.state import generators, moments, restore_generators, restore_moments, restore_trained, trained
 from stages.outputs import new_file, new_folder, write_json
-from stages.params import Train, load
+from stages.params import Params, Train, load
 from stages.refusal import Refusal, run
 
 
@@ -64,30 +73,36 @@ class Trainer(SFTTrainer):
         rows: list[dict],
         validation_rows: list[dict],
         scratch: str,
+        run: Run,
+        saved: Checkpoint | None,
     ):
-        """What the Trainer saves on its own account goes to `scratch`."""
+        """Go on from `saved`, of `run`, if it is there. What TRL saves on its own account goes to `scratch`."""
         self.rows, self.validation_rows = rows, validation_rows
         self.tokens_per_pack = machine.tokens_per_pack
         self.lora_plus_ratio = train.lora_plus_ratio
         self.history: list[dict] = []
         self.watch = Watch(self)
-        planned = schedule(rows, train.batch_size, train.epochs, train.seed, train.order)
+        self.planned = schedule(rows, train.batch_size, train.epochs, train.seed, train.order)
+        self.done = saved.step if saved else 0  # steps that an earlier process made
         super().__init__(
             model=model,
-            args=arguments_of(train, len(planned), machine, scratch),
+            args=arguments_of(train, len(self.planned), machine, scratch),
             data_collator=self._step,
-            train_dataset=Dataset.from_dict({"rows": planned}),
+            train_dataset=Dataset.from_dict({"rows": self.planned[self.done :] or self.planned}),
             eval_dataset=Dataset.from_dict({"rows": [[]]}),  # unread: evaluate() measures validation_rows
             processing_class=tokenizer,
-            callbacks=[self.watch],
+            callbacks=[self.watch, Keeper(self, run, saved)],
         )
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # TRL casts adapters of a quantized base to bfloat16
-        self.recorded = lambda piece: None
+        if saved:
+            restore_trained(model, saved.tensors)
+            self.history = saved.state["history"]
+        self.graphs = None
         if takes_flash(model.get_base_model()) and family(model.get_base_model()).recorded:
             own_gradients(model)
-            self.recorded = Graphs(model.get_base_model(), rows).hidden
+            self.graphs = Graphs(model.get_base_model(), rows)
         self.remove_callback(PrinterCallback)  # Watch prints the same figures, in one line
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -117,9 +132,10 @@ class Trainer(SFTTrainer):
         """Add the step's gradients, a pack at a time; return its mean loss in nats a token."""
         model.train()
         self.step_now = step
+        recorded = self.graphs.hidden if self.graphs else lambda piece: None
         total = torch.zeros((), device=self.args.device)
         for piece in step.packs:
-            loss = pack_loss(model.get_base_model(), piece, self.recorded) / step.supervised
+            loss = pack_loss(model.get_base_model(), piece, recorded) / step.supervised
             self.accelerator.backward(loss)
             total += loss.detach()
         self.loss_now = total
@@ -171,7 +187,14 @@ class Watch(TrainerCallback):
         self.tokens = 0
 
     def on_train_begin(self, args, state, control, **_):
-        self.bar = tqdm(total=state.max_steps, unit="step", file=sys.stderr, mininterval=1.0, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=self.trainer.done,
+            unit="step",
+            file=sys.stderr,
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
         self.began = self.ended = time.monotonic()
 
     def record(self, step: Step, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float) -> None:
@@ -207,6 +230,64 @@ class Watch(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         self.read_all()
         self.bar.close()
+
+
+class Keeper(TrainerCallback):
+    """Writes checkpoints, and puts back the one that training goes on from.
+
+    Both as a step begins: what belongs to the step before, its validation too, is done by then, and the data loader
+    has drawn its seed from torch's generator.
+    """
+
+    def __init__(self, trainer: Trainer, run: Run, saved: Checkpoint | None):
+        self.trainer, self.run, self.saved = trainer, run, saved
+
+    def on_train_begin(self, args, state, control, **_):
+        if self.saved:
+            self._go_on(args, state)
+
+    def _go_on(self, args, state) -> None:
+        state.global_step = self.saved.step
+        restore_moments(self.trainer.optimizer, self.saved.tensors)
+        scheduler = self.trainer.lr_scheduler
+        scheduler.load_state_dict({**scheduler.state_dict(), **self.saved.state["schedule"]})
+        for group, rate in zip(self.trainer.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        if self.trainer.graphs:
+            self.trainer.graphs.keep_to(self.saved.state["graphs"])
+        if args.device.type == "cuda":
+            # kernels are fitted to the first pack that they are compiled for: let it be the one that it was then
+            self.trainer.training_step(self.trainer.model, self.trainer._step([{"rows": self.trainer.planned[0]}]))
+            self.trainer.model.zero_grad()
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.saved:
+            restore_generators(args.device, self.saved.tensors)
+            self.saved = None
+        elif self.run.due and state.global_step:
+            self.trainer.watch.read_all()  # what is not finite is not kept
+            scheduler = self.trainer.lr_scheduler.state_dict()
+            self.run.save(
+                Checkpoint(
+                    state.global_step,
+                    {
+                        **trained(self.trainer.model),
+                        **moments(self.trainer.optimizer),
+                        **generators(args.device),
+                    },
+                    {
+                        "history": self.trainer.history,
+                        "schedule": {key: scheduler[key] for key in ("last_epoch", "_step_count", "_last_lr")},
+                        "dtype": dtype_name(self.trainer.model.dtype),
+                        "graphs": list(self.trainer.graphs.recorded) if self.trainer.graphs else [],
+                        "finished": False,
+                    },
+                )
+            )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Gauges:
@@ -284,13 +365,38 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
     return arguments
 
 
-def write_curve(path: Path, history: list[dict]) -> None:
-    """Write the points of the loss curve as CSV, empty where a point has no such number."""
+def curve_of(history: list[dict]) -> str:
+    """The points of the loss curve as CSV, empty where a point has no such number."""
     columns = ["step", "loss", "validation_loss", "learning_rate", "gradient_norm"]
-    with new_file(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue()
+
+
+def decisive(params: Params, machine: Resolved, base: Path, tokens: list[Path]) -> dict:
+    """All that decides the adapter's bytes. Of machine.dtype what was asked for: a checkpoint says what auto found."""
+    return {
+        "params": {"lora": params.lora.model_dump(), "train": params.train.model_dump()},
+        "machine": [machine.device, params.machine.dtype, machine.tokens_per_pack],
+        "base": checksums({path.name: path for path in base.iterdir()}),
+        "tokens": checksums({str(number): path for number, path in enumerate(tokens)}),
+        **surroundings(machine.device),
+    }
+
+
+def worth_going_on_from(run: Run) -> Checkpoint | None:
+    """The run's latest checkpoint; none where the run is finished and DVC has its result, and so wants it anew."""
+    saved = run.latest()
+    if saved is None or not saved.state["finished"]:
+        return saved
+    lock = Path("dvc.lock")
+    recorded = hashlib.md5(curve_of(saved.state["history"]).encode(), usedforsecurity=False).hexdigest()
+    if lock.is_file() and recorded in lock.read_text(encoding="utf-8"):
+        run.keep(0)
+        return None
+    return saved
 
 
 def main(arguments: list[str]) -> None:
@@ -298,46 +404,79 @@ def main(arguments: list[str]) -> None:
     params = load()
     began = time.monotonic()
     machine = resolve(params.machine)
-    rows, validation_rows = (pyarrow.parquet.read_table(path).to_pylist() for path in (train_tokens, validation_tokens))
-    model = add_adapters(
-        load_model(base, machine.device, machine.dtype, quantize=params.lora.quantize), params.lora, params.train.seed
-    )
-    fuse(model)
-    if machine.device == "cuda":
-        compile_pieces(model.get_base_model())
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(model, tokenizer, params.train, machine, rows, validation_rows, scratch)
-        trainer.train()
-    steps, history = trainer.args.max_steps, trainer.history
+    decides = decisive(params, machine, base, [train_tokens, validation_tokens])
+    with (
+        opened(out, decides, params.machine.checkpoint_minutes) as run,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        saved = worth_going_on_from(run)
+        if saved:
+            machine = dataclasses.replace(machine, dtype=getattr(torch, saved.state["dtype"]))
+        rows, validation_rows = (
+            pyarrow.parquet.read_table(path).to_pylist() for path in (train_tokens, validation_tokens)
+        )
+        model = load_model(base, machine.device, machine.dtype, quantize=params.lora.quantize)
+        model = add_adapters(model, params.lora, params.train.seed)
+        fuse(model)
+        if machine.device == "cuda":
+            compile_pieces(model.get_base_model())
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        trainer = Trainer(model, tokenizer, params.train, machine, rows, validation_rows, scratch, run, saved)
+        if saved:
+            print(f"going on after step {trainer.done} of {len(trainer.planned)}", file=sys.stderr)
+        if trainer.done < len(trainer.planned):
+            finish(trainer, run)
+            record_timing(trainer, machine, began)
+        write_outputs(trainer, out, metrics, curve)
+        # DVC, should it be killed before it has the outputs, deletes them: what they are made of is kept for it
+        run.keep(1 if "DVC_STAGE" in os.environ else 0)
+
+
+def finish(trainer: Trainer, run: Run) -> None:
+    """Train what is left to train, measure, and keep the result."""
+    trainer.train()
+    steps, history = len(trainer.planned), trainer.history
     if trainer.state.global_step != steps:
         raise Refusal(f"training ended at step {trainer.state.global_step} of {steps}; run it again")
-    validation_loss = history[-1].get("validation_loss") or trainer.evaluate()["eval_loss"]
+    if "validation_loss" not in history[-1]:
+        trainer.evaluate()
+    state = {"history": history, "dtype": dtype_name(trainer.model.dtype), "finished": True}
+    run.save(Checkpoint(steps, trained(trainer.model), state))
+
+
+def write_outputs(trainer: Trainer, out: Path, metrics: Path, curve: Path) -> None:
     with new_folder(out) as folder:
         save_adapter(trainer.model, folder)
-    write_curve(curve, history)
+    history = trainer.history
+    with new_file(curve) as partial:
+        partial.write_bytes(curve_of(history).encode())
     losses = [point["loss"] for point in history if "loss" in point]
     last = losses[-max(1, len(losses) // 10) :]
     write_json(
         metrics,
         {
-            "steps": steps,
+            "steps": len(trainer.planned),
             "train_loss": round(sum(last) / len(last), 6),
-            "validation_loss": round(validation_loss, 6),
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "validation_loss": round(history[-1]["validation_loss"], 6),
+            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         },
     )
-    watch = trainer.watch
+
+
+def record_timing(trainer: Trainer, machine: Resolved, began: float) -> None:
+    """Of this process: what one that was killed did before is not counted."""
+    watch, device = trainer.watch, trainer.args.device
     timing.record(
         "train",
         seconds=round(time.monotonic() - began, 1),
         tokens_per_second=round(watch.tokens_per_second, 1),
-        peak_gib=round(memory_gib(trainer.args.device), 2),
+        peak_gib=round(memory_gib(device), 2),
         device=machine.device,
-        dtype=str(machine.dtype).removeprefix("torch."),
+        dtype=dtype_name(machine.dtype),
         tokens_per_pack=machine.tokens_per_pack,
         threads=torch.get_num_threads(),
-        **watch.gauges.figures(trainer.args.device),
+        **({"after_step": trainer.done} if trainer.done else {}),
+        **watch.gauges.figures(device),
     )
 
 

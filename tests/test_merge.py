@@ -24,6 +24,7 @@ MACHINE = {
     "tokens_per_pack": 64,
     "rows_per_batch": 4,
     "engine": "batches",
+    "checkpoint_minutes": "auto",
 }
 
 

@@ -118,6 +118,7 @@ def test_a_whole_number_will_do_where_a_number_is_wanted(params_file, tmp_path):
             "machine.tokens_per_pack is the text 'many'; it should be 'auto' or a whole",
         ),
         ("machine.tokens_per_pack", 0, "machine.tokens_per_pack is 0; it should be 'auto' or at least 1"),
+        ("machine.checkpoint_minutes", 0, "machine.checkpoint_minutes is 0; it should be 'auto' or more than 0"),
         ("machine.rows_per_batch", 1.5, "machine.rows_per_batch is 1.5; it should be 'auto' or a whole number"),
         (
             "lora.target_modules",

@@ -1,12 +1,15 @@
 """dvc.yaml held to the truth: what it says of each stage against the stage's code, and against what DVC then runs."""
 
 import ast
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -243,14 +246,9 @@ def clone(tmp_path_factory, tiny_model) -> Clone:
             shutil.copyfile(TOP / name, folder / name)
     params = yaml((TOP / "params.yaml").read_text()) | yaml(OVERRIDES)
     params["train"].update(epochs=1.0, batch_size=4, validations=2, order="shared")
-    params["machine"] = {
-        "device": "cpu",
-        "devices": 1,
-        "dtype": "float32",
-        "tokens_per_pack": 512,
-        "rows_per_batch": 8,
-        "engine": "batches",
-    }
+    params["machine"].update(
+        device="cpu", devices=1, dtype="float32", tokens_per_pack=512, rows_per_batch=8, engine="batches"
+    )
     with (folder / "params.yaml").open("w") as file:
         ruamel.yaml.YAML().dump(params, file)
     shutil.copytree(tiny_model, folder / "models/own/tiny")
@@ -408,3 +406,71 @@ def test_a_bad_row_stops_the_pipeline_in_one_line_before_anything_is_trained(pip
     said = pipeline.dvc("repro", status=255)
     assert f"error: rows.jsonl line {len(ROWS) + 1}: sql is missing" in said
     assert "Traceback" not in said and "Running stage 'train'" not in said
+
+
+# --- what goes wrong under DVC ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(reproduced, tmp_path):
+    """The reproduced clone on a file system of its own, of 128 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting needs rights that this user lacks")
+    shutil.copytree(reproduced.folder, folder / "repository", symlinks=True)
+    copy = Clone(folder / "repository", Path())
+    copy.environment = reproduced.environment
+    yield copy
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_on_a_full_disk_every_stage_fails_dvc_lock_stays_and_with_room_again_repro_goes_on(small_disk):
+    lock = (small_disk.folder / "dvc.lock").read_text()
+    filler = small_disk.folder / "filler"
+    with filler.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+    for stage in sorted(STAGES):
+        os.truncate(filler, filler.stat().st_size - (16 << 10))  # DVC needs a little before it runs the stage
+        said = small_disk.dvc("repro", "--force", "--single-item", stage, status=255)
+        assert "error: the disk is full" in said or "No space left on device" in said, said
+        assert (small_disk.folder / "dvc.lock").read_text() == lock
+    filler.unlink()
+    small_disk.repro()
+    assert (small_disk.folder / "dvc.lock").read_text() == lock
+    assert small_disk.repro() == set()
+
+
+def test_a_dvc_lock_cut_short_is_mended_by_one_command(pipeline):
+    lock = pipeline.folder / "dvc.lock"
+    whole = lock.read_text()
+    lock.write_text(whole[: whole.index("    deps:") + 7])
+    pipeline.dvc("repro", status=255)
+    pipeline.run("git", "checkout", "dvc.lock")
+    assert pipeline.repro() == set()
+    assert lock.read_text() == whole
+
+
+def test_a_stage_that_is_killed_leaves_nothing_in_the_cache_and_repro_goes_on(pipeline):
+    lock = (pipeline.folder / "dvc.lock").read_text()
+    before = set(pipeline.folder.glob(".runs/*/step*"))
+    pipeline.set(train__epochs=100.0, machine__checkpoint_minutes=1e-9)
+    repro = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "train"],
+        cwd=pipeline.folder,
+        env=pipeline.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not set(pipeline.folder.glob(".runs/*/step*")) - before:
+        assert repro.poll() is None
+        time.sleep(0.02)
+    (process,) = {int(path.read_text()) for path in pipeline.folder.glob(".runs/*.lock") if path.read_text()}
+    os.kill(process, signal.SIGTERM)
+    assert repro.wait(60) == 255
+    assert (pipeline.folder / "dvc.lock").read_text() == lock
+    assert not (pipeline.folder / "models/adapter").exists()
+    said = pipeline.dvc("repro", "train")
+    assert re.search(r"going on after step \d+ of", said) and running(said) == {"train"}

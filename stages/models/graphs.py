@@ -71,8 +71,13 @@ class Graphs:
         self.model = model
         self.longest = max(lengths)
         self.mean = sum(lengths) / len(lengths)
-        self.recorded: dict[tuple[int, bool], nn.Module] = {}
+        self.recorded: dict[tuple[int, bool], nn.Module | None] = {}
         self.pool = torch.cuda.graph_pool_handle()
+
+    def keep_to(self, keys: list) -> None:
+        """Have these sizes recorded, when they come, before others: those that a run had which now goes on. Recorded
+        or not, a pack's sums are rounded in another way."""
+        self.recorded = dict.fromkeys((size, shared) for size, shared in keys)
 
     def hidden(self, piece: Pack) -> torch.Tensor | None:
         """[size, H] of the pack, padding at its end; None where it does not fit a graph, or there are MOST already.
@@ -88,9 +93,11 @@ class Graphs:
         if inputs is None or (key not in self.recorded and len(self.recorded) == MOST):
             return None
         inputs = tuple(moved(tensor, self.model.device) for tensor in inputs)
-        if key not in self.recorded:
+        if self.recorded.get(key) is None:
             decoder = _Decoder(self.model, self.longest).train()
-            self.recorded[key] = torch.cuda.make_graphed_callables(
-                decoder, inputs, num_warmup_iters=1, allow_unused_input=True, pool=self.pool
-            )
+            # a run that goes on after a kill records again: dropout must not see that in its random numbers
+            with torch.random.fork_rng(devices=[self.model.device]):
+                self.recorded[key] = torch.cuda.make_graphed_callables(
+                    decoder, inputs, num_warmup_iters=1, allow_unused_input=True, pool=self.pool
+                )
         return self.recorded[key](*inputs)

@@ -1,0 +1,244 @@
+"""A small pipeline's training, killed at random moments until it is done, again and again: are its bytes the same?
+
+    python -m bench.kills kills FOLDER
+    python -m bench.kills edits FOLDER
+
+kills: SIGKILL to the stage, to DVC, to their process group, at random moments and, while a checkpoint is being written,
+at once; after each, `dvc repro` goes on. edits: something that decides the result is changed after a kill, and no
+checkpoint of the state before may be used. Both on the tests' small model; they add `kills`, `identical`, `edits`,
+`stale_resumes` and more to bench/results/reliability.json.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from bench.checkpoints import RESULTS
+from stages.outputs import write_json
+from tests.conftest import ROOT, write_params, write_tiny_model
+from tests.test_refusal import alive
+from tests.test_resume import EDITS, Place, started
+from tests.test_train import write_tokens
+
+KILLS = 20  # of each kind
+TARGETS = ("stage", "dvc", "group")
+PIPELINE = """
+stages:
+  train:
+    cmd: python -m stages.train base train.parquet validation.parquet adapter train.json loss.csv
+    deps: [base, train.parquet, validation.parquet, stages]
+    params: [lora, train]
+    outs: [adapter]
+    metrics:
+      - train.json: {cache: false}
+      - loss.csv: {cache: false}
+"""
+OUTPUTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "train.json", "loss.csv")
+SETTINGS = {
+    "train.epochs": 15.0,
+    "train.batch_size": 4,
+    "train.learning_rate": 0.01,
+    "lora.r": 8,
+    "lora.dropout": 0.1,
+    "lora.quantize": "nf4",
+    "machine.device": "cpu",
+    "machine.dtype": "bfloat16",
+    "machine.tokens_per_pack": 100,
+    "machine.checkpoint_minutes": 0.1 / 60,
+}
+INTERVAL_SECONDS = 0.1
+
+
+class Repository:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        shutil.copytree(ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copyfile(ROOT / ".dvcignore", folder / ".dvcignore")
+        write_tiny_model(folder / "base")
+        write_tokens(folder / "train.parquet", 22, 0)
+        write_tokens(folder / "validation.parquet", 5, 1)
+        (folder / "dvc.yaml").write_text(PIPELINE)
+        self.settings = dict(SETTINGS)
+        self.set()
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("DVC_")},
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
+        subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=folder, check=True)
+
+    def set(self, **values) -> None:
+        self.settings |= values
+        write_params(self.folder, **self.settings)
+
+    def start(self) -> subprocess.Popen:
+        with (self.folder / "said").open("w") as said:
+            return subprocess.Popen(
+                [sys.executable, "-m", "dvc", "repro"],
+                cwd=self.folder,
+                env=self.environment,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def finish(self) -> tuple[str, int]:
+        """Let `dvc repro` end; what its outputs are, and the step after which training said it went on."""
+        process = self.start()
+        assert process.wait(600) == 0, (self.folder / "said").read_text()
+        digest = hashlib.sha256(b"".join((self.folder / name).read_bytes() for name in OUTPUTS)).hexdigest()
+        return digest, self.went_on_after()
+
+    def went_on_after(self) -> int:
+        found = re.search(r"going on after step (\d+)", (self.folder / "said").read_text())
+        return int(found[1]) if found else 0
+
+    def forget(self) -> None:
+        """As if nothing had been trained."""
+        for name in (".runs", ".dvc/cache", ".dvc/tmp", "dvc.lock", "adapter"):
+            path = self.folder / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints there are."""
+        return sorted(int(path.name[4:13]) for path in self.folder.glob(".runs/*/step*"))
+
+    def writing(self) -> bool:
+        return any(self.folder.glob(".runs/*/partial"))
+
+
+def stage_of(dvc: int) -> int | None:
+    """The process of `python -m stages.train` below DVC's."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            if parent == dvc and b"stages.train" in (path.parent / "cmdline").read_bytes():
+                return int(path.parent.name)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return None
+
+
+def kill(target: str, dvc: subprocess.Popen, stage: int) -> bool:
+    """Whether it was alive to be killed."""
+    if dvc.poll() is not None:
+        return False
+    try:
+        if target == "stage":
+            os.kill(stage, signal.SIGKILL)
+        elif target == "dvc":
+            dvc.kill()
+        else:
+            os.killpg(dvc.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def disturbed(repository: Repository, target: str, inside: bool, chance: random.Random, counts: Counter) -> bool:
+    """Start DVC, kill `target` once; whether DVC was still at work then."""
+    dvc = repository.start()
+    stage = None
+    while stage is None and dvc.poll() is None:
+        stage = stage_of(dvc.pid)
+        time.sleep(0.02)
+    if stage is None:
+        return False
+    if inside:
+        while not repository.writing() and dvc.poll() is None:
+            pass
+    else:
+        before = repository.steps()
+        while chance.random() < 0.8 and repository.steps() == before and dvc.poll() is None:
+            time.sleep(0.02)  # most die while they train, some while they start
+        time.sleep(chance.uniform(0, 1.5))
+    killed = kill(target, dvc, stage)
+    within = repository.writing()
+    deadline = time.monotonic() + 10
+    while dvc.poll() is None or alive(stage):
+        if time.monotonic() > deadline:
+            counts["left_running"] += 1
+            print(f"{stage} lives on after a kill of {target}", file=sys.stderr, flush=True)
+            break
+        time.sleep(0.01)
+    if killed:
+        counts["kills"] += 1
+        counts[f"killed_{target}"] += 1
+        counts["inside_a_checkpoint"] += within
+    return killed
+
+
+def campaign(repository: Repository, clean: str) -> Counter:
+    """Each kind so often; a training is killed up to seven times, then ends."""
+    chance, counts = random.Random(0), Counter()
+    for target in TARGETS:
+        while counts[f"killed_{target}"] < KILLS:
+            repository.forget()
+            for _ in range(7):
+                done = counts[f"killed_{target}"]
+                if done < KILLS and not disturbed(repository, target, done % 3 == 0, chance, counts):
+                    break
+            last = max(repository.steps(), default=0)
+            digest, after = repository.finish()
+            counts["trainings"] += 1
+            counts["identical"] += digest == clean
+            counts["went_on"] += after > 0
+            counts["not_from_the_last_checkpoint"] += after != last
+            print(dict(counts), file=sys.stderr, flush=True)
+    return counts
+
+
+def stale(folder: Path) -> dict[str, int]:
+    """Edit what decides the result, after a kill: how often training went on nevertheless, or gave other bytes."""
+    wrong = 0
+    with started(folder / "python") as python:
+        model = write_tiny_model(folder / "model")
+        for name, edit in EDITS.items():
+            killed, clean = (Place(folder / f"{name} {kind}", python, model) for kind in ("killed", "clean"))
+            killed.killed("step:6")
+            assert killed.checkpoints(), "nothing to be stale"
+            edit(killed)
+            edit(clean)
+            said = killed.train()
+            clean.train()
+            wrong += "going on" in said or killed.outputs() != clean.outputs()
+            print(name, "stale" if "going on" in said else "anew", file=sys.stderr, flush=True)
+    return {"edits": len(EDITS), "stale_resumes": wrong}
+
+
+def main(arguments: list[str]) -> None:
+    what, folder = arguments[0], Path(arguments[1])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if what == "edits":
+        found = stale(folder)
+    else:
+        repository = Repository(folder / "repository")
+        clean, _ = repository.finish()
+        steps = json.loads((repository.folder / "train.json").read_text())["steps"]
+        counts = campaign(repository, clean)
+        found = {
+            "left_running": 0,
+            **counts,
+            "steps": steps,
+            "interval_seconds": INTERVAL_SECONDS,
+            "settings": SETTINGS,
+        }
+    print(json.dumps(found, indent=2))
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    write_json(RESULTS, {**known, **found})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
