@@ -18,6 +18,7 @@ from stages import timing
 from stages.models.load import load_model, packed_logits, round_to_nf4
 from stages.models.lora import load_adapter
 from stages.models.machine import resolve
+from stages.models.merging import Uncovered, plan, write_merged
 from stages.models.packs import pack
 from stages.outputs import new_folder, write_json
 from stages.params import load
@@ -75,27 +76,41 @@ def repair(generation: GenerationConfig) -> GenerationConfig:
     return generation
 
 
+def write_model(
+    base: Path, adapter: Path, folder: Path, max_shard_size: str, device: str, quantize: str | None
+) -> None:
+    """Fill `folder` with the merged model in the base's own format, whatever this machine computes fastest: a block of
+    a tensor at a time, or, where that is not sure to give the same bytes, in memory by PEFT."""
+    stored = AutoConfig.from_pretrained(base, local_files_only=True).dtype or torch.bfloat16
+    generation = repair(GenerationConfig.from_pretrained(base, local_files_only=True))
+    try:
+        planned = plan(base, adapter, stored)
+    except Uncovered as reason:
+        print(f"merging in memory, the whole model at once: {reason}", file=sys.stderr)
+        merged = merge(load_model(base, device, stored), adapter, quantize)
+        merged.generation_config = generation
+        merged.save_pretrained(folder, max_shard_size=max_shard_size)
+    else:
+        print(f"merging {len(planned.layers)} of {len(planned.base)} tensors, a block at a time", file=sys.stderr)
+        write_merged(planned, folder, max_shard_size, device, quantize, generation)
+    for name in BESIDE:
+        if (base / name).exists():
+            shutil.copyfile(base / name, folder / name)
+
+
 def main(arguments: list[str]) -> None:
     base, adapter, tokens, out, metrics = (Path(argument) for argument in arguments)
     params = load()
     began = time.monotonic()
     machine = resolve(params.machine)
     rows = pyarrow.parquet.read_table(tokens).slice(0, params.merge.rows).to_pylist()
-    # merged in the base's own format, whatever this machine computes fastest: that is what is saved
-    stored = AutoConfig.from_pretrained(base, local_files_only=True).dtype or torch.bfloat16
     quantize = params.lora.quantize
     tuned = load_adapter(load_model(base, machine.device, machine.dtype, quantize=quantize), adapter)
     before = answers_logits(tuned.get_base_model(), rows, machine.device)
     del tuned
-    merged = merge(
-        load_model(base, machine.device, stored), adapter, quantize if params.merge.onto == "trained" else None
-    )
-    merged.generation_config = repair(GenerationConfig.from_pretrained(base, local_files_only=True))
+    onto = quantize if params.merge.onto == "trained" else None
     with new_folder(out) as folder:
-        merged.save_pretrained(folder, max_shard_size=params.merge.max_shard_size)
-        for name in BESIDE:
-            if (base / name).exists():
-                shutil.copyfile(base / name, folder / name)
+        write_model(base, adapter, folder, params.merge.max_shard_size, machine.device, onto)
         after = answers_logits(load_model(folder, machine.device, machine.dtype), rows, machine.device)
         found = compare(before, after)
         if found["max_kl"] > params.merge.max_kl:

@@ -1,12 +1,12 @@
 """A model's folder in; the model ready for training or generation out, and the loss of packed rows through it."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 import transformers
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -52,10 +52,28 @@ def load_model(
 @torch.no_grad()
 def round_to_nf4(model: PreTrainedModel) -> None:
     """Give each weight of the linear layers, the head apart, the value that nf4 with double quantization keeps."""
-    for module in model.modules():
+    for _, module in linears(model):
+        (value,) = nf4_values([module.weight.data])
+        module.weight.copy_(value)
+
+
+def linears(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """The linear layers, the head apart, by name."""
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            packed, state = quantize_4bit(module.weight.data, quant_type="nf4", compress_statistics=True)
-            module.weight.copy_(dequantize_4bit(packed, state))
+            yield name, module
+
+
+def nf4_values(blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """A weight's blocks of rows with the values that nf4 with double quantization keeps: the scales of each 64 elements
+    are themselves quantized over the weight as a whole. Rows of another multiple than 64 must come as one block."""
+    packed, states = zip(*(quantize_4bit(block, quant_type="nf4") for block in blocks), strict=True)
+    scales = torch.cat([state.absmax for state in states])
+    mean = scales.mean()
+    scales = dequantize_blockwise(*quantize_blockwise(scales - mean, blocksize=256)) + mean
+    for part, state, own in zip(packed, states, scales.split([len(state.absmax) for state in states]), strict=True):
+        state.absmax = own
+        yield dequantize_4bit(part, state)
 
 
 def _hidden(model: PreTrainedModel, piece: Pack) -> torch.Tensor:

@@ -1,0 +1,172 @@
+"""A base's files and an adapter in; the merged model's files out, a block of rows at a time: the bytes that PEFT's own
+merge and transformers' save_pretrained give, in the memory of a block.
+
+PEFT itself merges each block, in its own layer; transformers says, from the model without its weights, what a tensor
+is called on the disk and which ones are tied. What is not sure to come out the same is Uncovered.
+"""
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners import lora
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from stages.models.load import linears, load_model, nf4_values
+from stages.models.shards import DTYPES, Stored, stored, stored_model, write_shard
+
+# what an adapter's configuration may say without changing how a layer of it is merged, other than as the layer knows
+COVERED = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora"),
+    *("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+}
+FROM_NOTHING = (True, False, "gaussian")  # ways to begin an adapter that leave the base's weights as they are
+
+
+class Uncovered(Exception):
+    """Why this base or adapter must be merged whole."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that is covered: the model without its weights; its tensors by their names on the disk, which are those
+    of the base's files; the names of its linear layers' weights, the head's apart; the layer and the tensors of the
+    adapter for each name that has one."""
+
+    model: PreTrainedModel
+    parameters: int
+    tensors: dict[str, torch.Tensor]
+    base: dict[str, Stored]
+    linears: set[str]
+    layers: dict[str, tuple[lora.Linear, dict[str, Stored]]]
+
+
+def plan(base: Path, adapter: Path, dtype: torch.dtype) -> Plan:
+    """Look at names, shapes and types alone; raises Uncovered."""
+    config = PeftConfig.from_pretrained(adapter)
+    _check(config)
+    model = load_model(base, "meta", dtype)
+    parameters = model.num_parameters()
+    state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    names = {id(tensor): name for name, tensor in state.items()}
+    tensors = revert_weight_conversion(model, state)
+    if any(id(tensor) not in names for tensor in tensors.values()):
+        raise Uncovered("the base's files hold its tensors in another form")
+    there = stored_model(base)
+    if {name: (dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != {
+        name: (DTYPES.get(place.dtype), place.shape) for name, place in there.items()
+    }:
+        raise Uncovered(f"the base's files hold other tensors than the model, or not all of them as {dtype}")
+    on_disk = {names[id(tensor)]: name for name, tensor in tensors.items()}
+    plain = {f"{name}.weight" for name, _ in linears(model)}
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    config.base_model_name_or_path = model.name_or_path
+    get_peft_model(model, config, low_cpu_mem_usage=True)
+    layers = {}
+    for name, (layer, own) in _parts(model, adapter).items():
+        if uses[id(layer.get_base_layer().weight)] > 1:
+            raise Uncovered(f"{name} shares its weight with another layer")
+        layers[on_disk[f"{name}.weight"]] = layer, own
+    return Plan(model, parameters, tensors, there, {on_disk[name] for name in plain if name in on_disk}, layers)
+
+
+def _check(config: PeftConfig) -> None:
+    if not isinstance(config, LoraConfig):
+        raise Uncovered(f"the adapter is {config.peft_type}, not LoRA")
+    values, usual = config.to_dict(), LoraConfig().to_dict()
+    beyond = sorted(key for key in values if key not in COVERED and values[key] != usual[key])
+    if config.init_lora_weights not in FROM_NOTHING:
+        beyond.append("init_lora_weights")
+    if beyond:
+        raise Uncovered(f"the adapter has {', '.join(beyond)}")
+
+
+def _parts(model: PreTrainedModel, adapter: Path) -> dict[str, tuple[lora.Linear, dict[str, Stored]]]:
+    """Each layer that the adapter changes, and its tensors in the adapter's file: lora_A, lora_B and, of DoRA,
+    lora_magnitude_vector; every tensor of the file has its layer."""
+    path = adapter / "adapter_model.safetensors"
+    if not path.exists():
+        raise Uncovered("the adapter is not in safetensors")
+    left = stored(path)
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, lora.LoraLayer):
+            continue
+        if type(layer) is not lora.Linear or type(layer.get_base_layer()) is not torch.nn.Linear:
+            raise Uncovered(f"{name} is no plain linear layer")
+        own = {}
+        for part, holder in _holders(layer).items():
+            key = f"base_model.model.{name}.{part}" + ("" if part == "lora_magnitude_vector" else ".weight")
+            own[part] = left.pop(key, None)
+            if own[part] is None or own[part].shape != tuple(holder.weight.shape) or own[part].dtype not in DTYPES:
+                raise Uncovered(f"the adapter's file does not hold {key} as its configuration says")
+        found[name] = layer, own
+    if left:
+        raise Uncovered(f"the adapter's file also holds {min(left)}")
+    return found
+
+
+def _holders(layer: lora.Linear) -> dict[str, torch.nn.Module]:
+    parts = ("lora_A", "lora_B", "lora_magnitude_vector")
+    return {part: getattr(layer, part)["default"] for part in parts if "default" in getattr(layer, part)}
+
+
+@torch.no_grad()
+def merged(layer: lora.Linear, own: dict[str, Stored], blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The weight's blocks of rows with the adapter's product added, by PEFT's own layer."""
+    layer = copy.deepcopy(layer)  # a copy without weights, that goes when the last block has gone
+    holders = _holders(layer)
+    whole = {part: place.tensor().to(holders[part].weight.dtype) for part, place in own.items()}
+    start = 0
+    for block in blocks:
+        rows = slice(start, start + len(block))
+        for part, holder in holders.items():
+            value = whole[part] if part == "lora_A" else whole[part][rows]  # B and the magnitudes have a row for each
+            holder.weight = torch.nn.Parameter(value.to(block.device), requires_grad=False)
+        layer.get_base_layer().weight = torch.nn.Parameter(block, requires_grad=False)
+        layer.merge(safe_merge=True)
+        layer.merged_adapters.clear()
+        yield layer.get_base_layer().weight.data
+        start = rows.stop
+
+
+def write_merged(
+    plan: Plan, folder: Path, max_shard_size: str, device: str, quantize: str | None, generation: GenerationConfig
+) -> None:
+    """Write the files of the merged model, as `save_pretrained` does. With `quantize`, onto the values that the base's
+    weights had while the adapter was trained on them quantized."""
+
+    def blocks(name: str) -> Iterable[torch.Tensor]:
+        place = plan.base[name]
+        rounds = quantize and name in plan.linears
+        # bitsandbytes restores rows that are no multiple of 64 elements otherwise when others stand before them
+        found = [place.tensor()] if rounds and place.shape[-1] % 64 else place.blocks()
+        if rounds or name in plan.layers:
+            found = (block.to(device) for block in found)
+        if rounds:
+            found = nf4_values(found)
+        return merged(*plan.layers[name], found) if name in plan.layers else found
+
+    config = plan.model.config
+    config.architectures = [type(plan.model).__name__]
+    config.save_pretrained(folder)
+    generation.save_pretrained(folder)
+    split = split_torch_state_dict_into_shards(
+        plan.tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_shard(folder / file, {name: plan.base[name] for name in names}, blocks)
+    if split.is_sharded:
+        metadata = {"total_parameters": plan.parameters, **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
