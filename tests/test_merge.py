@@ -131,8 +131,8 @@ def test_a_merge_that_forgets_the_adapter_is_found(stage, monkeypatch):
     rounding = stage()["max_kl"]
     forgotten = []
 
-    def forgetful(layer, own, blocks):
-        forgotten.append(layer)
+    def forgetful(name, layer, own, blocks):
+        forgotten.append(name)
         return blocks
 
     monkeypatch.setattr(merging, "merged", forgetful)

@@ -26,6 +26,7 @@ from stages.models.load import load_model, nf4_values
 from stages.models.lora import save_adapter
 from stages.models.merging import Uncovered, plan
 from stages.models.shards import stored, stored_model, write_shard
+from stages.refusal import Refusal
 
 
 def drawn(model: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
@@ -255,6 +256,19 @@ def test_an_adapter_whose_file_is_not_what_its_configuration_says_is_not_covered
         plan(base, adapter, torch.bfloat16)
 
 
+@pytest.mark.parametrize("value", [math.nan, 1e38])
+def test_an_adapter_that_makes_a_weight_no_number_is_refused(value, tmp_path):
+    base = write_llama(tmp_path / "base", torch.float16)
+    adapter = write_adapter(base, tmp_path / "adapter")
+    path = adapter / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][300, 2] = value
+    safetensors.torch.save_file(tensors, path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Refusal, match=r"^the adapter makes model.layers.1.mlp.up_proj.weight infinite or no number in torch.float16; try"):
+        merge.write_model(base, adapter, tmp_path / "out", "1GB", "cpu", None)
+
+
 def test_a_written_shard_is_the_file_that_safetensors_writes(tmp_path):
     draw = torch.Generator().manual_seed(0)
     shapes = {"b.weight": (130, 5), "a": (), "c": (0, 4), "ä": (7,), "b.bias": (130,), "d": (65, 2, 3)}
@@ -262,7 +276,7 @@ def test_a_written_shard_is_the_file_that_safetensors_writes(tmp_path):
     safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors", {"format": "pt"})
     places = stored(tmp_path / "theirs.safetensors")
     assert all(torch.equal(place.tensor(), tensors[name]) for name, place in places.items())
-    write_shard(tmp_path / "ours.safetensors", places, lambda name: places[name].blocks())
+    write_shard(tmp_path / "ours.safetensors", dict(reversed(places.items())), lambda name: places[name].blocks())
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 

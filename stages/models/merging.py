@@ -1,14 +1,15 @@
 """A base's files and an adapter in; the merged model's files out, a block of rows at a time: the bytes that PEFT's own
 merge and transformers' save_pretrained give, in the memory of a block.
 
-PEFT itself merges each block, in its own layer; transformers says, from the model without its weights, what a tensor
-is called on the disk and which ones are tied. What is not sure to come out the same is Uncovered.
+PEFT itself computes what each block gains, in its own layer; transformers says, from the model without its weights,
+what a tensor is called on the disk and which ones are tied. What is not sure to come out the same is Uncovered.
 """
 
 import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from stages.models.load import linears, load_model, nf4_values
 from stages.models.shards import DTYPES, Stored, stored, stored_model, write_shard
+from stages.refusal import Refusal
 
 # what an adapter's configuration may say without changing how a layer of it is merged, other than as the layer knows
 COVERED = {
@@ -30,6 +32,7 @@ COVERED = {
     *("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights"),
 }
 FROM_NOTHING = (True, False, "gaussian")  # ways to begin an adapter that leave the base's weights as they are
+FILES_AT_ONCE = 4
 
 
 class Uncovered(Exception):
@@ -121,22 +124,32 @@ def _holders(layer: lora.Linear) -> dict[str, torch.nn.Module]:
 
 
 @torch.no_grad()
-def merged(layer: lora.Linear, own: dict[str, Stored], blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The weight's blocks of rows with the adapter's product added, by PEFT's own layer."""
+def merged(
+    name: str, layer: lora.Linear, own: dict[str, Stored], blocks: Iterable[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """The weight's blocks of rows with the adapter's product added, as `merge(safe_merge=True)` of PEFT's layer adds
+    it to the whole; raises Refusal where that is no number."""
     layer = copy.deepcopy(layer)  # a copy without weights, that goes when the last block has gone
-    holders = _holders(layer)
+    base, holders = layer.get_base_layer(), _holders(layer)
     whole = {part: place.tensor().to(holders[part].weight.dtype) for part, place in own.items()}
+    variant = layer.lora_variant.get("default")  # DoRA
     start = 0
     for block in blocks:
         rows = slice(start, start + len(block))
+        start = rows.stop
         for part, holder in holders.items():
             value = whole[part] if part == "lora_A" else whole[part][rows]  # B and the magnitudes have a row for each
             holder.weight = torch.nn.Parameter(value.to(block.device), requires_grad=False)
-        layer.get_base_layer().weight = torch.nn.Parameter(block, requires_grad=False)
-        layer.merge(safe_merge=True)
-        layer.merged_adapters.clear()
-        yield layer.get_base_layer().weight.data
-        start = rows.stop
+        base.weight = torch.nn.Parameter(block, requires_grad=False)
+        if variant:
+            block = variant.merge_safe(layer, "default", block)
+        else:
+            block += layer.get_delta_weight("default").to(block.dtype)
+        if not torch.stack(block.aminmax()).isfinite().all():  # ten times as fast as asking of each
+            raise Refusal(
+                f"the adapter makes {name} infinite or no number in {block.dtype}; try a lower train.learning_rate"
+            )
+        yield block
 
 
 def write_merged(
@@ -154,7 +167,7 @@ def write_merged(
             found = (block.to(device) for block in found)
         if rounds:
             found = nf4_values(found)
-        return merged(*plan.layers[name], found) if name in plan.layers else found
+        return merged(name, *plan.layers[name], found) if name in plan.layers else found
 
     config = plan.model.config
     config.architectures = [type(plan.model).__name__]
@@ -163,8 +176,18 @@ def write_merged(
     split = split_torch_state_dict_into_shards(
         plan.tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    for file, names in split.filename_to_tensors.items():
+
+    def write(file: str) -> None:
+        names = split.filename_to_tensors[file]
         write_shard(folder / file, {name: plan.base[name] for name in names}, blocks)
+
+    # a file each, one thread in each: on blocks this small, threads that share one wait for each other
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(min(threads, FILES_AT_ONCE), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(write, split.filename_to_tensors))
+    finally:
+        torch.set_num_threads(threads)
     if split.is_sharded:
         metadata = {"total_parameters": plan.parameters, **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# A block's sums in float32 take a few times this, and the disk does not ask for more at once.
-ELEMENTS_PER_BLOCK = 8 << 20
+ELEMENTS_PER_BLOCK = 1 << 20  # its sums in float32 stay in the processor's cache, and the disk does not ask for more
 # Blocks begin where the tiles of a matrix product do, so that a product of a block is the block of the product, to the
 # last bit; 64 is also a block of nf4.
 ROWS = 64
