@@ -7,7 +7,9 @@ Each variant is a process of its own, the copy again at the end; the base's file
 before, and the clock, which starts when the libraries are imported, stops when what was written is on the disk.
 `peak_anonymous_gib` is the largest RssAnon of /proc/PID/status, read every 10 ms: memory that the kernel cannot take
 back, what is mapped from files left out; `peak_resident_gib` is VmHWM, the kernel's own high-water mark, with it. The
-variant `lorepro, 2 GiB` runs under an RLIMIT_DATA of so much: it would die of more. Writes bench/results/merge.json.
+variant `lorepro, 2 GiB` runs under an RLIMIT_DATA of so much: it would die of more. The variant `check` is what the
+stage does before and after merging, with two rows of 64 tokens: answers of the base with its adapter, and of the base
+alone in the merged model's place. Writes bench/results/merge.json.
 """
 
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
@@ -32,7 +34,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, Gemma2Config, Gemma2ForCausalLM, GenerationConfig
 
 from bench.cpu_formats import cpu
-from stages.merge import merge, repair, write_model
+from stages.merge import answers_logits, compare, merge, repair, write_model
 from stages.models.load import load_model
 from stages.models.machine import resolve
 from stages.models.shards import ELEMENTS_PER_BLOCK, Stored, write_shard
@@ -42,7 +44,7 @@ from stages.params import Machine
 RESULTS = Path("bench/results/merge.json")
 SHARD = "2GB"
 LIMIT = 2 << 30
-VARIANTS = ("cp", "lorepro", "lorepro, 2 GiB", "peft", "cp")
+VARIANTS = ("cp", "lorepro", "lorepro, 2 GiB", "peft", "check", "cp")
 SHAPES = {
     "gemma2-9b": {
         "vocab_size": 256000,
@@ -133,7 +135,7 @@ def run(variant: str, base: Path, adapter: Path, out: Path) -> dict:
         "seconds_to_start": round(start, 1),
         "mb_per_second": round(size / 1e6 / (seconds - start)),
         **memory,
-        "sha256": None if variant == "cp" else digest(out),
+        "sha256": None if variant in ("cp", "check") else digest(out),
     }
 
 
@@ -173,11 +175,15 @@ def _born() -> float:
 def child(variant: str, base: Path, adapter: Path, out: Path) -> None:
     print(time.clock_gettime(time.CLOCK_BOOTTIME) - _born(), flush=True)
     Path("/proc/self/oom_score_adj").write_text("1000")  # where memory does not suffice, this process goes
-    resolve(Machine(device="cpu", devices=1, dtype="bfloat16", tokens_per_pack="auto", rows_per_batch="auto"))
+    machine = resolve(Machine(device="cpu", devices=1, dtype="bfloat16", tokens_per_pack="auto", rows_per_batch="auto"))
     if variant.endswith("2 GiB"):
         resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     if variant == "peft":
         merge_by_peft(base, adapter, out)
+    elif variant == "check":
+        ids = list(range(1000, 1064))
+        rows = [{"id": n, "input_ids": ids, "labels": [-100] * 64, "prompt_tokens": 32} for n in "ab"]
+        compare(answers_logits(base, adapter, rows, machine), answers_logits(base, None, rows, machine))
     else:
         write_model(base, adapter, out, SHARD, "cpu", None)
 
@@ -199,11 +205,11 @@ def main(arguments: list[str]) -> None:
             rows.append(run(variant, base, adapter, scratch / "out"))
             shutil.rmtree(scratch / "out")
             print(json.dumps(rows[-1]), file=sys.stderr)
-    sums = {row.pop("sha256") for row in rows if row.get("sha256")}
+    sums = {row.pop("sha256", None) for row in rows} - {None}
     machine = {"cpu": cpu(), "cores": os.cpu_count(), "torch": torch.__version__}
     for row in rows:
-        row["same_bytes"] = None if row["variant"] == "cp" or "failed" in row else len(sums) == 1
-        row.pop("sha256", None)
+        if row["variant"] not in ("cp", "check") and "failed" not in row:
+            row["same_bytes"] = len(sums) == 1
     before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     kept = [one for one in before if one["rows"][0]["model"] != rows[0]["model"]]
     write_json(RESULTS, [*kept, {"machine": machine, "rows": rows}])

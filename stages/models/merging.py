@@ -7,17 +7,18 @@ what a tensor is called on the disk and which ones are tied. What is not sure to
 
 import copy
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners import lora
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -41,48 +42,60 @@ class Uncovered(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge that is covered: the model without its weights; its tensors by their names on the disk, which are those
-    of the base's files; the names of its linear layers' weights, the head's apart; the layer and the tensors of the
-    adapter for each name that has one."""
+    """A model without its weights, perhaps with an adapter on it, and where its weights are.
+
+    tensors: its own, by their names on the disk, which are those in the files; files: the places of these; sources:
+    all places, the adapter's too, by the names in the model; linears: the names on the disk of the
+    linear layers' weights, the head's apart; layers: for such a name, the adapter's layer and its tensors.
+    """
 
     model: PreTrainedModel
     parameters: int
     tensors: dict[str, torch.Tensor]
-    base: dict[str, Stored]
+    files: dict[str, Stored]
+    sources: dict[str, Stored]
     linears: set[str]
     layers: dict[str, tuple[lora.Linear, dict[str, Stored]]]
 
 
-def plan(base: Path, adapter: Path, dtype: torch.dtype) -> Plan:
-    """Look at names, shapes and types alone; raises Uncovered."""
-    config = PeftConfig.from_pretrained(adapter)
-    _check(config)
-    model = load_model(base, "meta", dtype)
+def plan(folder: Path, adapter: Path | None, dtype: torch.dtype) -> Plan:
+    """Look at names and shapes alone; raises Uncovered."""
+    model = load_model(folder, "meta", dtype)
     parameters = model.num_parameters()
     state = remove_tied_weights_from_state_dict(model.state_dict(), model)
     names = {id(tensor): name for name, tensor in state.items()}
     tensors = revert_weight_conversion(model, state)
+    files = stored_model(folder)
     if any(id(tensor) not in names for tensor in tensors.values()):
         raise Uncovered("the base's files hold its tensors in another form")
-    there = stored_model(base)
-    if {name: (dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != {
-        name: (DTYPES.get(place.dtype), place.shape) for name, place in there.items()
-    }:
-        raise Uncovered(f"the base's files hold other tensors than the model, or not all of them as {dtype}")
-    on_disk = {names[id(tensor)]: name for name, tensor in tensors.items()}
-    plain = {f"{name}.weight" for name, _ in linears(model)}
-    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    config.base_model_name_or_path = model.name_or_path
-    get_peft_model(model, config, low_cpu_mem_usage=True)
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {n: p.shape for n, p in files.items()}:
+        raise Uncovered("the base's files hold other tensors than the model")
+    if strange := {place.dtype for place in files.values()} - set(DTYPES):
+        raise Uncovered(f"the base's files hold {min(strange)}")
+    in_files = {names[id(tensor)]: name for name, tensor in tensors.items()}
+    uses = defaultdict(list)  # of a weight, all its names, of which one is on the disk
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        uses[id(weight)].append(name)
+    sources = {name: files[found] for name, found in in_files.items()}
+    for same in uses.values():
+        (found,) = [in_files[name] for name in same if name in in_files]
+        sources |= dict.fromkeys(same, files[found])
+    plain = {in_files[f"{name}.weight"] for name, _ in linears(model) if f"{name}.weight" in in_files}
     layers = {}
-    for name, (layer, own) in _parts(model, adapter).items():
-        if uses[id(layer.get_base_layer().weight)] > 1:
+    for name, (layer, own) in (_adapted(model, adapter) if adapter else {}).items():
+        if len(uses[id(layer.get_base_layer().weight)]) > 1:
             raise Uncovered(f"{name} shares its weight with another layer")
-        layers[on_disk[f"{name}.weight"]] = layer, own
-    return Plan(model, parameters, tensors, there, {on_disk[name] for name in plain if name in on_disk}, layers)
+        layers[in_files[f"{name}.weight"]] = layer, own
+        sources |= {f"{name}.{part}.default.weight": place for part, place in own.items()}
+        for leaf, _ in layer.get_base_layer().named_parameters():
+            sources[f"{name}.base_layer.{leaf}"] = sources[f"{name}.{leaf}"]
+    return Plan(model.eval(), parameters, tensors, files, sources, plain, layers)
 
 
-def _check(config: PeftConfig) -> None:
+def _adapted(model: PreTrainedModel, adapter: Path) -> dict[str, tuple[lora.Linear, dict[str, Stored]]]:
+    """Put the adapter's layers, without their weights, on the model. Each of them, by name, and its tensors in the
+    adapter's file: lora_A, lora_B and, of DoRA, lora_magnitude_vector; every tensor of the file has its layer."""
+    config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, LoraConfig):
         raise Uncovered(f"the adapter is {config.peft_type}, not LoRA")
     values, usual = config.to_dict(), LoraConfig().to_dict()
@@ -91,11 +104,8 @@ def _check(config: PeftConfig) -> None:
         beyond.append("init_lora_weights")
     if beyond:
         raise Uncovered(f"the adapter has {', '.join(beyond)}")
-
-
-def _parts(model: PreTrainedModel, adapter: Path) -> dict[str, tuple[lora.Linear, dict[str, Stored]]]:
-    """Each layer that the adapter changes, and its tensors in the adapter's file: lora_A, lora_B and, of DoRA,
-    lora_magnitude_vector; every tensor of the file has its layer."""
+    config.base_model_name_or_path = model.name_or_path
+    get_peft_model(model, config, low_cpu_mem_usage=True)
     path = adapter / "adapter_model.safetensors"
     if not path.exists():
         raise Uncovered("the adapter is not in safetensors")
@@ -156,10 +166,14 @@ def write_merged(
     plan: Plan, folder: Path, max_shard_size: str, device: str, quantize: str | None, generation: GenerationConfig
 ) -> None:
     """Write the files of the merged model, as `save_pretrained` does. With `quantize`, onto the values that the base's
-    weights had while the adapter was trained on them quantized."""
+    weights had while the adapter was trained on them quantized. Raises Uncovered, and has written nothing then."""
+
+    dtype = plan.model.dtype
+    if any(DTYPES[place.dtype] != dtype for place in plan.files.values()):
+        raise Uncovered(f"the base's files do not hold all tensors as {dtype}")
 
     def blocks(name: str) -> Iterable[torch.Tensor]:
-        place = plan.base[name]
+        place = plan.files[name]
         rounds = quantize and name in plan.linears
         # bitsandbytes restores rows that are no multiple of 64 elements otherwise when others stand before them
         found = [place.tensor()] if rounds and place.shape[-1] % 64 else place.blocks()
@@ -179,7 +193,7 @@ def write_merged(
 
     def write(file: str) -> None:
         names = split.filename_to_tensors[file]
-        write_shard(folder / file, {name: plan.base[name] for name in names}, blocks)
+        write_shard(folder / file, {name: plan.files[name] for name in names}, blocks)
 
     # a file each, one thread in each: on blocks this small, threads that share one wait for each other
     threads = torch.get_num_threads()
@@ -193,3 +207,31 @@ def write_merged(
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def read_weights(plan: Plan, device: str, quantize: str | None) -> Callable[[str], torch.Tensor]:
+    """What gives the plan's parameters by name, each as the model in memory would have it."""
+    dtype = plan.model.dtype
+    rounded = {plan.files[name] for name in plan.linears} if quantize else ()
+    adapters = {place for _, own in plan.layers.values() for place in own.values()}
+
+    def read(name: str) -> torch.Tensor:
+        place = plan.sources[name]
+        if place in rounded:
+            blocks = (block.to(device, dtype) for block in place.blocks())
+            return torch.cat(list(nf4_values(blocks if place.shape[-1] % 64 == 0 else [torch.cat(list(blocks))])))
+        return place.mapped().to(device, torch.float32 if place in adapters else dtype)
+
+    return read
+
+
+def give_buffers(plan: Plan, folder: Path, device: str) -> None:
+    """Compute what no file holds, as the angles of rotary embeddings, on the model without weights."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=plan.model.dtype)
+    for name, buffer in model.named_buffers():
+        if name in plan.sources:
+            raise Uncovered(f"{name} is no parameter")
+        module, _, leaf = name.rpartition(".")
+        plan.model.get_submodule(module).register_buffer(leaf, buffer.to(device), persistent=False)

@@ -7,6 +7,7 @@ all in memory; and for a slice it reads the whole tensor, or maps the file, whic
 
 import json
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,15 @@ class Stored:
                 block = torch.empty((min(step, rows - first), *self.shape[1:]), dtype=DTYPES[self.dtype])
                 _fill(file, block)
                 yield block if self.shape else block[0]
+
+    def mapped(self) -> torch.Tensor:
+        """The whole of it, in the file: the kernel reads what is looked at, and can let go of it again."""
+        size = math.prod(self.shape)
+        if not size:
+            return self.tensor()
+        with self.path.open("rb") as file:  # a private map may be written to, and torch asks for one that may
+            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(view, dtype=DTYPES[self.dtype], count=size, offset=self.start).reshape(self.shape)
 
     def tensor(self) -> torch.Tensor:
         """The whole of it."""
