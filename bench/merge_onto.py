@@ -20,7 +20,7 @@ import torch
 from ruamel.yaml import YAML
 
 from stages import train
-from stages.merge import answers_logits, compare, merge
+from stages.merge import answer_logits, compare, merge
 from stages.models.load import load_model, mean_loss, row_losses
 from stages.models.lora import load_adapter
 from stages.models.machine import resolve
@@ -52,11 +52,13 @@ def main(arguments: list[str]) -> None:
 
             model = load_model(base, machine.device, machine.dtype, quantize=quantize)
             trained = load_adapter(model, Path("adapter")).get_base_model()
-            before = answers_logits(trained, test[: params.merge.rows], machine.device)
+            before = [answer_logits(trained, row, machine.device) for row in test[: params.merge.rows]]
             loss_before = loss(trained)
             for onto in (None, "nf4") if quantize else (None,):
                 model = merge(load_model(base, machine.device, torch.bfloat16), Path("adapter"), onto)
-                after = answers_logits(model.to(machine.dtype), test[: params.merge.rows], machine.device)
+                after = [
+                    answer_logits(model.to(machine.dtype), row, machine.device) for row in test[: params.merge.rows]
+                ]
                 one = {"trained_on": quantize or "stored", "merged_onto": onto or "stored"}
                 losses = {"test_loss_of_adapter": loss_before, "test_loss_of_merged": loss(model)}
                 found.append({**one, **compare(before, after), **losses})

@@ -5,6 +5,7 @@ python -m stages.merge models/base models/adapter data/tokens/test.parquet model
 
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
 
+import functools
 import shutil
 import sys
 import time
@@ -17,8 +18,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from stages import timing
 from stages.models.load import load_model, packed_logits, round_to_nf4
 from stages.models.lora import load_adapter
-from stages.models.machine import resolve
+from stages.models.machine import Resolved, resolve
+from stages.models.merging import Uncovered, give_buffers, plan, read_weights, write_merged
 from stages.models.packs import pack
+from stages.models.streamed import in_step
 from stages.outputs import new_folder, write_json
 from stages.params import load
 from stages.refusal import Refusal, run
@@ -33,26 +36,42 @@ BESIDE = (
     "processor_config.json",  # of images and sound, which a multimodal model still understands
     "preprocessor_config.json",
 )
+AT_ONCE = 16  # tokens compared: each takes a few times its vocabulary in float32
 
 
 @torch.inference_mode()
-def answers_logits(model: PreTrainedModel, rows: list[dict], device: str) -> list[torch.Tensor]:
-    """For each row, the logits of the tokens from the end of its prompt on: [tokens, vocabulary], float32."""
-    found = []
-    for row in rows:
-        (piece,) = pack([row], len(row["input_ids"]))
-        found.append(packed_logits(model, piece.to(device), slice(row["prompt_tokens"] - 1, None)).float().cpu())
-    return found
+def answer_logits(model: PreTrainedModel, row: dict, device: str) -> torch.Tensor:
+    """The logits of the row's tokens from the end of its prompt on: [tokens, vocabulary], on the CPU."""
+    (piece,) = pack([row], len(row["input_ids"]))
+    return packed_logits(model, piece.to(device), slice(row["prompt_tokens"] - 1, None)).cpu()
+
+
+def answers_logits(
+    folder: Path, adapter: Path | None, rows: list[dict], machine: Resolved, quantize: str | None = None
+) -> list[torch.Tensor]:
+    """Those of each row, from the model in `folder`, with the adapter on it. Where its files can be read a layer at a
+    time, memory holds no more than a layer; the figures are the same."""
+    device = machine.device
+    try:
+        planned = plan(folder, adapter, machine.dtype)
+        give_buffers(planned, folder, device)
+    except Uncovered:
+        model = load_model(folder, device, machine.dtype, quantize=quantize)
+        model = load_adapter(model, adapter).get_base_model() if adapter else model
+        return [answer_logits(model, row, device) for row in rows]
+    calls = [functools.partial(answer_logits, planned.model, row, device) for row in rows]
+    return in_step(planned.model, read_weights(planned, device, quantize), calls)
 
 
 def compare(before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, float]:
     """Kullback-Leibler divergence of `after` from `before` in nats a token, largest and mean, and the share of
     tokens on which both would choose the same."""
     divergences, agreements = [], []
-    for old, new in zip(before, after, strict=True):
-        p, q = old.log_softmax(-1), new.log_softmax(-1)
-        divergences.append((p.exp() * (p - q)).sum(-1))
-        agreements.append(old.argmax(-1) == new.argmax(-1))
+    for before_row, after_row in zip(before, after, strict=True):
+        for old, new in zip(before_row.split(AT_ONCE), after_row.split(AT_ONCE), strict=True):
+            p, q = old.float().log_softmax(-1), new.float().log_softmax(-1)
+            divergences.append((p.exp() * (p - q)).sum(-1))
+            agreements.append(old.argmax(-1) == new.argmax(-1))
     divergence, agreement = torch.cat(divergences), torch.cat(agreements).float()
     return {
         "greedy_agreement": round(float(agreement.mean()), 6),
@@ -78,28 +97,39 @@ def repair(generation: GenerationConfig) -> GenerationConfig:
     return generation
 
 
+def write_model(
+    base: Path, adapter: Path, folder: Path, max_shard_size: str, device: str, quantize: str | None
+) -> None:
+    """Fill `folder` with the merged model in the base's own format, whatever this machine computes fastest: a block of
+    a tensor at a time, or, where that is not sure to give the same bytes, in memory by PEFT."""
+    stored = AutoConfig.from_pretrained(base, local_files_only=True).dtype or torch.bfloat16
+    generation = repair(GenerationConfig.from_pretrained(base, local_files_only=True))
+    try:
+        planned = plan(base, adapter, stored)
+        write_merged(planned, folder, max_shard_size, device, quantize, generation)
+        print(f"merged {len(planned.layers)} of {len(planned.files)} tensors, a block at a time", file=sys.stderr)
+    except Uncovered as reason:
+        print(f"merging in memory, the whole model at once: {reason}", file=sys.stderr)
+        merged = merge(load_model(base, device, stored), adapter, quantize)
+        merged.generation_config = generation
+        merged.save_pretrained(folder, max_shard_size=max_shard_size)
+    for name in BESIDE:
+        if (base / name).exists():
+            shutil.copyfile(base / name, folder / name)
+
+
 def main(arguments: list[str]) -> None:
     base, adapter, tokens, out, metrics = (Path(argument) for argument in arguments)
     params = load()
     began = time.monotonic()
     machine = resolve(params.machine)
     rows = pyarrow.parquet.read_table(tokens).slice(0, params.merge.rows).to_pylist()
-    # merged in the base's own format, whatever this machine computes fastest: that is what is saved
-    stored = AutoConfig.from_pretrained(base, local_files_only=True).dtype or torch.bfloat16
     quantize = params.lora.quantize
-    tuned = load_adapter(load_model(base, machine.device, machine.dtype, quantize=quantize), adapter)
-    before = answers_logits(tuned.get_base_model(), rows, machine.device)
-    del tuned
-    merged = merge(
-        load_model(base, machine.device, stored), adapter, quantize if params.merge.onto == "trained" else None
-    )
-    merged.generation_config = repair(GenerationConfig.from_pretrained(base, local_files_only=True))
+    before = answers_logits(base, adapter, rows, machine, quantize)
+    onto = quantize if params.merge.onto == "trained" else None
     with new_folder(out) as folder:
-        merged.save_pretrained(folder, max_shard_size=params.merge.max_shard_size)
-        for name in BESIDE:
-            if (base / name).exists():
-                shutil.copyfile(base / name, folder / name)
-        after = answers_logits(load_model(folder, machine.device, machine.dtype), rows, machine.device)
+        write_model(base, adapter, folder, params.merge.max_shard_size, machine.device, onto)
+        after = answers_logits(folder, None, rows, machine)
         found = compare(before, after)
         if found["max_kl"] > params.merge.max_kl:
             raise Refusal(

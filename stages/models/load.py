@@ -3,12 +3,12 @@
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 import transformers
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -52,7 +52,7 @@ def load_model(
         )
     if quantize == "nf4" and not packed:
         round_to_nf4(model)
-    if attention == PACKED and config.model_type not in FAMILIES:
+    if attention == PACKED and device != "meta" and config.model_type not in FAMILIES:
         check_packing(model)
     return model.eval()
 
@@ -75,8 +75,20 @@ def round_to_nf4(model: PreTrainedModel) -> None:
     """Give each weight of the language model's linear layers, the head apart, the value that nf4 with double
     quantization keeps."""
     for module in adaptable(model).values():
-        packed, state = quantize_4bit(module.weight.data, quant_type="nf4", compress_statistics=True)
-        module.weight.copy_(dequantize_4bit(packed, state))
+        (value,) = nf4_values([module.weight.data])
+        module.weight.copy_(value)
+
+
+def nf4_values(blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """A weight's blocks of rows with the values that nf4 with double quantization keeps: the scales of each 64 elements
+    are themselves quantized over the weight as a whole. Rows of another multiple than 64 must come as one block."""
+    packed, states = zip(*(quantize_4bit(block, quant_type="nf4") for block in blocks), strict=True)
+    scales = torch.cat([state.absmax for state in states])
+    mean = scales.mean()
+    scales = dequantize_blockwise(*quantize_blockwise(scales - mean, blocksize=256)) + mean
+    for part, state, own in zip(packed, states, scales.split([len(state.absmax) for state in states]), strict=True):
+        state.absmax = own
+        yield dequantize_4bit(part, state)
 
 
 # How far two logits may be apart, as a share of their length: rounding in bfloat16 makes 0.03, a bound on attention's
