@@ -37,12 +37,11 @@ def test_a_recipe_laid_over_the_parameters_is_sound_and_holds_its_values(name, c
     recipe.main([name])
     load()
     yaml = ruamel.yaml.YAML(typ="safe", pure=True)
-    overlay, found, before = (
-        yaml.load(text) for text in ((clone / f"recipes/{name}.yaml").read_text(), Path("params.yaml").read_text(), OWN)
-    )
-    assert found == before | {
-        section: keys if section == "task" else before[section] | keys for section, keys in overlay.items()
-    }
+    overlay, wanted = yaml.load((clone / f"recipes/{name}.yaml").read_text()), yaml.load(OWN)
+    under = overlay.pop("over", None)
+    for values in (yaml.load((clone / f"recipes/{under}.yaml").read_text()) if under else {}, overlay):
+        wanted |= {section: keys if section == "task" else wanted[section] | keys for section, keys in values.items()}
+    assert yaml.load(Path("params.yaml").read_text()) == wanted
 
 
 def test_comments_stay_and_only_what_the_recipe_holds_changes():
