@@ -1,0 +1,146 @@
+"""The cache, the outputs and the sources' checksums in; a line for each file that is not what it should be out.
+
+    python -m tools.verify              every byte here is read and hashed; exit status 1 where something is wrong
+    python -m tools.verify --remote     the objects on DVC's default remote too
+
+DVC itself believes a file of its cache that looks untouched; outputs are links into the cache, so that one edit in
+place damages both. Nothing is changed here: each line ends with what to type.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+from tqdm import tqdm
+
+from stages.refusal import Refusal, run
+
+LOCK = Path("dvc.lock")
+PROVENANCE = (Path("models/base/provenance.json"), Path("data/raw/provenance.json"))
+BLOCK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Check:
+    """A file to hash: `opened` opens it, `expected` is its md5 or sha256, `wrong` the line where it is another."""
+
+    opened: Callable[[], BinaryIO]
+    expected: str
+    wrong: str
+
+    def fails(self) -> str | None:
+        """What is wrong, in one line; None where nothing is."""
+        digest = hashlib.md5(usedforsecurity=False) if len(self.expected) == 32 else hashlib.sha256()
+        try:
+            with self.opened() as file:
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+        except OSError as error:
+            return f"{self.wrong} ({error.strerror or error})"
+        return None if digest.hexdigest() == self.expected else self.wrong
+
+
+def objects(cache: Path, users: dict[str, list[str]]) -> Iterator[Check]:
+    """Every object of the cache against its name; `users` says which outputs hold it."""
+    for path in sorted(cache.glob("??/*")):
+        expected = path.parent.name + path.name.removesuffix(".dir")
+        used = users.get(path.parent.name + path.name, [])
+        held = f"; {', '.join(used)} holds it" if used else ""
+        remove = " ".join(map(str, [path, *used]))
+        wrong = f"{path}: is not what its name says{held}; rm -f {remove}, then dvc pull or dvc repro"
+        yield Check(lambda path=path: path.open("rb"), expected, wrong)
+
+
+def outputs(lock: dict, cache: Path) -> Iterator[tuple[Path, str, str]]:
+    """Each file of each output that dvc.lock names, its md5, and the stage that made it."""
+    for stage, entry in lock.get("stages", {}).items():
+        for out in entry.get("outs", []):
+            name = out["md5"]
+            if not name.endswith(".dir"):
+                yield Path(out["path"]), name, stage
+                continue
+            listed = cache / name[:2] / name[2:]
+            content = listed.read_bytes() if listed.is_file() else b""
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() != name.removesuffix(".dir"):
+                continue  # not here, and nothing of this output can be told; or damaged, and objects() tells of it
+            for member in json.loads(content):
+                yield Path(out["path"]) / member["relpath"], member["md5"], stage
+
+
+def sources() -> Iterator[Check]:
+    """What download has recorded of the base model and the data, against the files."""
+    for record in PROVENANCE:
+        if not record.is_file():
+            continue
+        try:
+            recorded = json.loads(record.read_bytes())
+        except ValueError:
+            continue  # an output like others, of which outputs() and objects() tell
+        stage = "download@model" if record.parent.name == "base" else "download@data"
+        for name, expected in (recorded.get("produced") or recorded["files"]).items():
+            path = record.parent / name
+            mend = f"rm -rf {record.parent}, then dvc repro -f {stage}"
+            wrong = f"{path}: is not the file whose sha256 {record.name} names; {mend}"
+            if path.exists() or "produced" in recorded:
+                yield Check(lambda path=path: path.open("rb"), expected, wrong)
+
+
+def remote_objects(needed: set[str]) -> Iterator[Check]:
+    """The objects that dvc.lock needs, as the default remote holds them; what is not there is left out."""
+    try:
+        repo = Repo(".")
+        store = repo.cloud.get_remote_odb()
+    except DvcException as error:
+        raise Refusal(f"the remote cannot be opened: {error}; see dvc remote list") from None
+    for name in sorted(store.oids_exist(sorted(needed))):
+        path = store.oid_to_path(name)
+        wrong = f"{store.fs.unstrip_protocol(path)}: is not what its name says; delete it there, then dvc push"
+        yield Check(lambda path=path: store.fs.open(path, "rb"), name.removesuffix(".dir"), wrong)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.verify", description="Hash everything again.")
+    parser.add_argument("--remote", action="store_true", help="the default remote's objects too")
+    options = parser.parse_args(arguments)
+    if not LOCK.is_file():
+        raise Refusal(f"{LOCK}: there is none here; run in the repository's top folder, after dvc repro")
+    lock = YAML(typ="safe", pure=True).load(LOCK)
+    cache = Path(Repo(".").cache.local.path)
+    cache = cache.relative_to(Path.cwd()) if cache.is_relative_to(Path.cwd()) else cache
+    files = list(outputs(lock, cache))
+    users: dict[str, list[str]] = {}
+    for path, name, _ in files:
+        users.setdefault(name, []).append(str(path))
+    checks = list(objects(cache, users))
+    there = {path.parent.name + path.name for path in cache.glob("??/*")}
+    lines = []
+    for path, name, stage in files:
+        if not path.exists():
+            how = "dvc checkout" if name in there else f"dvc pull, or dvc repro {stage}"
+            lines.append(f"{path}: is not there; {how}")
+        # a link to an object that is hashed already needs no second reading
+        elif name not in there or not path.samefile(cache / name[:2] / name[2:]):
+            wrong = f"{path}: is not what {stage} made; dvc checkout --force {path}, or git checkout {path}"
+            checks.append(Check(lambda path=path: path.open("rb"), name, wrong))
+    checks += sources()
+    if options.remote:
+        made = {out["md5"] for entry in lock["stages"].values() for out in entry.get("outs", [])}
+        checks += remote_objects(made | set(users))
+    with ThreadPoolExecutor() as pool:
+        found = tqdm(pool.map(Check.fails, checks), total=len(checks), unit="file", file=sys.stderr, disable=None)
+        lines += [line for line in found if line]
+    print("\n".join(lines) if lines else f"{len(checks)} files hashed: all are what they should be")
+    sys.exit(1 if lines else 0)
+
+
+if __name__ == "__main__":
+    run(main)
