@@ -1,11 +1,13 @@
 """Rows of a JSONL, JSON, CSV, Parquet or fortune file, each with the place it came from."""
 
 import csv
+import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
@@ -14,6 +16,17 @@ from stages.refusal import Refusal
 
 R = TypeVar("R", bound=BaseModel)
 
+# Characters a row may have. No model reads as much at once; a file without line ends would fill the memory.
+LONGEST = 1 << 24
+NUL = "\0"  # what is left of UTF-16 read as something else, or of a file that was never written to its end
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _sound(text: str) -> str:
+    if NUL in text:
+        raise PydanticCustomError("nul", "should hold no NUL character")
+    return text
+
 
 def _written(text: str) -> str:
     if not text.strip():
@@ -21,15 +34,20 @@ def _written(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_written)]  # for a row's field that may not be left empty
+Words = Annotated[str, AfterValidator(_sound)]  # for a row's field that may be left empty
+Text = Annotated[Words, AfterValidator(_written)]  # for one that may not
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row as the file has it, and where: "dev.json row 17", "mine.jsonl line 3"."""
+    """One row as the file has it, and where: "dev.json row 17", "mine.jsonl line 3".
+
+    `names` holds what the file calls a field that has another name in `fields`.
+    """
 
     where: str
     fields: dict[str, Any]
+    names: dict[str, str] = field(default_factory=dict)
 
     def as_row(self, model: type[R]) -> R:
         """The row checked against `model`; raises Refusal, naming file, row and field."""
@@ -37,14 +55,38 @@ class Record:
             return model.model_validate(self.fields)
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "the row"
+            place = [self.names.get(str(part), str(part)) for part in first["loc"]]
+            name = shown(".".join(place)) or "the row"
             if first["type"] == "missing":
-                there = ", ".join(sorted(map(str, self.fields))[:12])
-                raise Refusal(f"{self.where}: {field} is missing; the row has: {there}") from None
-            wanted = first["msg"].removeprefix("Input ").removeprefix("String ")
-            found = repr(first["input"])
-            found = found if len(found) <= 40 else f"{found[:40]}…"
-            raise Refusal(f"{self.where}: {field} {wanted}, it is {found}; mend it or leave the row out") from None
+                owner = ".".join(place[:-1]) or "the row"
+                raise Refusal(f"{self.where}: {name} is missing; {owner} has: {listed(first['input'])}") from None
+            if first["type"] == "extra_forbidden":
+                raise Refusal(f"{self.where}: {name} is not known here; take it out") from None
+            wanted = re.sub(r"^(Input|String|List) | after validation.*", "", first["msg"])
+            wanted = wanted.replace("dictionary or instance of Message", "{role, content}")
+            raise Refusal(
+                f"{self.where}: {name} {wanted}, it is {_quoted(first['input'])}; mend it or leave the row out"
+            ) from None
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names out of a file, for people: a dozen at most, each on one line."""
+    return ", ".join(sorted(map(shown, names))[:12])
+
+
+def shown(name: Any) -> str:
+    """A name out of a file as a terminal can show it: what is long is cut, what it would act on is escaped."""
+    text = str(name)
+    return text[:60] + "…" * (len(text) > 60) if text.isprintable() and text == text.strip() != "" else _quoted(text)
+
+
+def _quoted(value: Any) -> str:
+    # neither the whole of a text of megabytes, nor what lies thousands of lists deep
+    try:
+        text = repr(value[:50] if isinstance(value, (str, bytes, list)) else value)
+    except RecursionError:
+        return "nested too deep to be shown"
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def read(path: Path) -> Iterator[Record]:
@@ -81,49 +123,103 @@ def _undecodable(path: Path) -> int:
     raise AssertionError(f"{path} is UTF-8")
 
 
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    """The file's lines; raises Refusal at one that is longer than a row can be, without reading it whole."""
+    number = 0
+    while line := file.readline(LONGEST + 1):
+        number += 1
+        if len(line) > LONGEST:
+            raise Refusal(f"{path.name} line {number}: {_TOO_LONG}")
+        yield line
+
+
+_TOO_LONG = f"is longer than {LONGEST >> 20} million characters; cut it or leave the row out"
+
+
 def _jsonl(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(path, file), start=1):
+            if number == 1 and line.lstrip().startswith("["):
+                raise Refusal(f"{path.name} line 1: begins a list; rows in a list are a .json file: rename it")
             if line.strip():
                 where = f"{path.name} line {number}"
-                yield Record(where, _mapping(where, _parse(where, line)))
+                row, end = _parse(where, line, JSON_SPACE.match(line).end())
+                if line[end:].strip():
+                    raise _not_json(where, line, end, "Extra data")
+                yield Record(where, _mapping(where, row))
 
 
 def _json(path: Path) -> Iterator[Record]:
-    rows = _parse(path.name, path.read_text(encoding="utf-8-sig"))
-    if not isinstance(rows, list):
+    """The rows of a list one by one, so that each is named by its number, and no more than one is unpacked."""
+    text = path.read_text(encoding="utf-8-sig")
+    place, number = JSON_SPACE.match(text).end(), 0
+    if text[place : place + 1] != "[":
+        _, end = _parse(path.name, text, place)
+        if text[end:].strip():
+            raise _not_json(path.name, text, JSON_SPACE.match(text, end).end(), "Extra data")
         raise Refusal(f"{path.name}: a .json file must hold a list of rows; one row a line is .jsonl")
-    for number, row in enumerate(rows, start=1):
+    place = JSON_SPACE.match(text, place + 1).end()
+    while number or text[place : place + 1] != "]":
+        number += 1
         where = f"{path.name} row {number}"
+        row, end = _parse(where, text, place)
         yield Record(where, _mapping(where, row))
+        end = JSON_SPACE.match(text, end).end()
+        if text[end : end + 1] == "]":
+            place = end
+            break
+        if text[end : end + 1] != ",":
+            raise _not_json(where, text, end, "Expecting ',' or ']'")
+        place = JSON_SPACE.match(text, end + 1).end()
+    if text[place + 1 :].strip():
+        raise _not_json(path.name, text, JSON_SPACE.match(text, place + 1).end(), "Extra data")
 
 
-def _parse(where: str, text: str) -> Any:
-    def refuse(constant: str) -> None:
-        raise Refusal(f"{where}: {constant} is not JSON; write null or leave the row out")
+class _NotARow(ValueError):
+    """JSON as Python reads it, or as it is written, that is no row."""
 
-    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            twice = next(name for name in row if [key for key, _ in pairs].count(name) > 1)
-            raise Refusal(f"{where}: the field {twice} is there twice; take one out")
-        return row
 
+def _refuse_constant(constant: str) -> None:
+    raise _NotARow(f"{constant} is not JSON; write null or leave the row out")
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(name for name in row if [key for key, _ in pairs].count(name) > 1)
+        raise _NotARow(f"the field {shown(twice)} is there twice; take one out")
+    return row
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_fields)
+
+
+def _parse(where: str, text: str, place: int) -> tuple[Any, int]:
+    """The JSON value that begins at `place`, and where it ends."""
     try:
-        value = json.loads(text, parse_constant=refuse, object_pairs_hook=fields)
-        if "\\ud" in text or "\\uD" in text:
+        value, end = _DECODER.raw_decode(text, place)
+        if end - place > LONGEST:
+            raise _NotARow(_TOO_LONG)
+        if text.find("\\ud", place, end) >= 0 or text.find("\\uD", place, end) >= 0:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        line = "" if " line " in where else f" line {error.lineno}"
-        hint = "; one row a line is .jsonl" if line and error.msg == "Extra data" else "; mend it or leave the row out"
-        raise Refusal(f"{where}{line}: column {error.colno} is not JSON: {error.msg}{hint}") from None
+        raise _not_json(where, text, error.pos, error.msg) from None
     except RecursionError:
         raise Refusal(f"{where}: nested too deep to be a row; leave it out") from None
     except UnicodeEncodeError:
         raise Refusal(f"{where}: holds half of a surrogate pair, which is no character; mend it") from None
+    except _NotARow as error:
+        raise Refusal(f"{where}: {error}") from None
     except ValueError:
         raise Refusal(f"{where}: holds a number of thousands of digits; mend it or leave the row out") from None
-    return value
+    return value, end
+
+
+def _not_json(where: str, text: str, place: int, problem: str) -> Refusal:
+    line = "" if " line " in where else f" line {text.count(chr(10), 0, place) + 1}"
+    column = place - text.rfind("\n", 0, place)
+    hint = "; one row a line is .jsonl" if line and problem == "Extra data" else "; mend it or leave the row out"
+    return Refusal(f"{where}{line}: column {column} is not JSON: {problem}{hint}")
 
 
 def _mapping(where: str, row: Any) -> dict[str, Any]:
@@ -134,9 +230,9 @@ def _mapping(where: str, row: Any) -> dict[str, Any]:
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(1 << 24)
+    csv.field_size_limit(LONGEST)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(_lines(path, file), strict=True)
         where = f"{path.name} line 1"
         try:
             header = next(reader, [])
@@ -146,7 +242,7 @@ def _csv(path: Path) -> Iterator[Record]:
                 row = next(reader, None)
                 if row is None:
                     return
-                if any("\0" in field for field in row):
+                if any(NUL in text for text in row):
                     raise Refusal(f"{where}: holds a NUL byte; mend it or leave the row out")
                 if row and len(row) != len(header):
                     remedy = "quote the commas inside fields" if len(row) > len(header) else "mend it"
@@ -160,7 +256,7 @@ def _csv(path: Path) -> Iterator[Record]:
 def _refuse_twins(where: str, names: list[str]) -> None:
     twins = [name for number, name in enumerate(names) if name in names[:number]]
     if twins:
-        raise Refusal(f"{where}: the column {twins[0]} is there twice; rename one")
+        raise Refusal(f"{where}: the column {shown(twins[0])} is there twice; rename one")
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -172,11 +268,32 @@ def _parquet(path: Path) -> Iterator[Record]:
         file = pyarrow.parquet.ParquetFile(path)
         _refuse_twins(path.name, file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
+            for row in _cells(path.name, number, batch):
                 number += 1
                 yield Record(f"{path.name} row {number}", row)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Refusal(f"{path.name}: cannot be read as Parquet after row {number}: {error}; write it anew") from None
+
+
+def _cells(name: str, above: int, batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch, `above` rows into the file, in Python's types."""
+    # OverflowError: a date that Python has no room for; LookupError: a time zone that this machine does not know
+    wrong = (ValueError, OverflowError, LookupError)
+    try:
+        rows = batch.to_pylist()
+    except wrong:
+        for place, column in itertools.product(range(batch.num_rows), batch.schema.names):
+            try:
+                batch.column(column)[place].as_py()
+            except wrong as error:
+                where = f"{name} row {above + place + 1}: {shown(column)}"
+                raise Refusal(f"{where} cannot be read: {error}; mend it or leave the column out") from None
+        raise
+    if batch.nbytes > LONGEST:
+        for place, row in enumerate(rows, start=above + 1):
+            if sum(len(cell) for cell in row.values() if isinstance(cell, (str, bytes))) > LONGEST:
+                raise Refusal(f"{name} row {place}: {_TOO_LONG}")
+    return rows
 
 
 def _fortune(path: Path) -> Iterator[Record]:
@@ -184,7 +301,7 @@ def _fortune(path: Path) -> Iterator[Record]:
     lines: list[str] = []
     start = 1
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(path, file), start=1):
             if line.rstrip("\n") != "%":
                 lines.append(line)
                 continue

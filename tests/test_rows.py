@@ -81,7 +81,7 @@ def test_a_long_field_of_a_csv_file_is_read_whole(tmp_path):
         ("a.json", "", "a.json line 1: column 1 is not JSON: "),
         ("a.json", '{"q": 1}', "a.json: a .json file must hold a list of rows; one row a line is .jsonl"),
         ("a.json", '{"q": 1}\n{"q": 2}\n', "a.json line 2: column 1 is not JSON: Extra data; one row a line is .jsonl"),
-        ("a.json", '[{"q": 1},\n{"q": }]', "a.json line 2: column 7 is not JSON: "),
+        ("a.json", '[{"q": 1},\n{"q": }]', "a.json row 2 line 2: column 7 is not JSON: "),
         ("a.json", '[{"q": 1}, 3]', "a.json row 2: holds a number where fields belong; write it as {…}"),
         ("a.csv", "", "a.csv: holds no rows"),
         ("a.csv", "q,r\n", "a.csv: holds no rows"),

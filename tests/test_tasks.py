@@ -399,7 +399,7 @@ ROW = {**ASKED, "db_id": "concert"}
             "mine.jsonl line 1: input should be a valid string",
         ),
         (chat, records({"messages": "Hi"}), CHAT, "mine.jsonl line 1: messages should be a valid list, it is 'Hi'"),
-        (chat, records({"messages": [SAID]}), CHAT, "mine.jsonl line 1: messages List should have at least 2 items"),
+        (chat, records({"messages": [SAID]}), CHAT, "mine.jsonl line 1: messages should have at least 2 items"),
         (
             chat,
             records(turns(("user", "Hi"), ("user", "Hi"))),

@@ -76,16 +76,18 @@ def given(schema: Schema) -> Instance:
     """The instance that the schema's own INSERT statements make; raises Refusal where SQLite will not run one."""
     database = sqlite3.connect(":memory:", isolation_level=None)
     ddl = schema.ddl(keys=False)
-    for statement in ddl:
-        database.execute(statement)
-    worker.confine(database, writable=True)
-    database.set_progress_handler(lambda: True, MOST_STEPS)
+    what = "the CREATE TABLE statements"
     try:
+        for statement in ddl:
+            database.execute(statement)
+        worker.confine(database, writable=True)
+        database.set_progress_handler(lambda: True, MOST_STEPS)
+        what = "the INSERT statements" if schema.inserts else what
         for statement in schema.inserts:
             database.execute(statement)
         rows = {table: list(map(list, database.execute(f"SELECT * FROM {quoted(table)}"))) for table in schema.tables}
     except (sqlite3.Error, sqlite3.Warning) as error:
-        raise Refusal(f"the INSERT statements: SQLite says: {error}; mend them or leave the row out") from None
+        raise Refusal(f"{what}: SQLite says: {error}; mend them or leave the row out") from None
     finally:
         database.close()
     if any(isinstance(value, bytes) for of in rows.values() for row in of for value in row):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from stages.conversation import Conversation, Message, conversation
 from stages.params import Section
 from stages.refusal import Refusal
-from stages.rows import Record
+from stages.rows import NUL, Record
 from stages.scores import chrf, memorised
 
 HEADLINE = "chrf"
@@ -39,6 +39,8 @@ def conversations(files: dict[str, Iterator[Record]], _options: Options) -> Iter
         for number, message in enumerate(messages):
             if not message.content.strip():
                 raise Refusal(f"{record.where}: messages.{number}.content is empty; write it or leave the row out")
+            if NUL in message.content:
+                raise Refusal(f"{record.where}: messages.{number}.content holds a NUL character; mend it")
         opening = next(message.content for message in messages if message.role == "user")
         groups = {"opening": " ".join(opening.lower().split())}
         yield conversation(record.where, messages[:-1], messages[-1].content, groups)

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from stages.conversation import Conversation, Message, conversation
 from stages.params import Section
-from stages.rows import Record, Text
+from stages.rows import Record, Text, Words
 from stages.scores import chrf, length_ratio, memorised, rouge_l
 
 HEADLINE = "rouge_l"
@@ -29,7 +29,7 @@ class Options(Section):
 
 class Row(BaseModel):
     instruction: Text
-    input: str = ""
+    input: Words = ""
     output: Text
 
 

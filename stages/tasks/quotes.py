@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from stages.conversation import Conversation, Message, conversation
 from stages.params import Section
-from stages.rows import Record, Text
+from stages.rows import Record, Text, Words
 from stages.scores import chrf, memorised
 
 HEADLINE = "right_author"
@@ -37,7 +37,7 @@ class Row(BaseModel):
 
 
 class Fortune(BaseModel):
-    text: str
+    text: Words
 
 
 def conversations(files: dict[str, Iterator[Record]], options: Options) -> Iterator[Conversation]:

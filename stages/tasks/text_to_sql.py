@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from stages.conversation import Conversation, Message, conversation
 from stages.params import Section
 from stages.refusal import Refusal
-from stages.rows import Record, Text
+from stages.rows import Record, Text, listed
 from stages.sql.comparison import is_ordered, is_telling, verdict
 from stages.sql.difficulty import CLASSES, difficulty
 from stages.sql.excerpt import excerpt
@@ -122,9 +122,9 @@ def _renamed(record: Record, columns: Columns) -> Record:
     names = {"question": columns.question, "query": columns.query, "schema": columns.schema_}
     for own in names.values():
         if own not in record.fields:
-            there = ", ".join(map(str, record.fields))
+            there = listed(record.fields)
             raise Refusal(f"{record.where}: {own} is missing; the row has: {there}; see task.columns in params.yaml")
-    return Record(record.where, {name: record.fields[own] for name, own in names.items()})
+    return Record(record.where, {name: record.fields[own] for name, own in names.items()}, names)
 
 
 def query(answer: str) -> str:
