@@ -7,9 +7,8 @@ Each variant is a process of its own, the copy again at the end; the base's file
 before, and the clock, which starts when the libraries are imported, stops when what was written is on the disk.
 `peak_anonymous_gib` is the largest RssAnon of /proc/PID/status, read every 10 ms: memory that the kernel cannot take
 back, what is mapped from files left out; `peak_resident_gib` is VmHWM, the kernel's own high-water mark, with it. The
-variant `lorepro, 2 GiB` runs under an RLIMIT_DATA of so much: it would die of more. The variant `check` is what the
-stage does before and after merging, with two rows of 64 tokens: answers of the base with its adapter, and of the base
-alone in the merged model's place. Writes bench/results/merge.json.
+variant `check` is what the stage does before and after merging, with two rows of 64 tokens: answers of the base with
+its adapter, and of the base alone in the merged model's place. Writes bench/results/merge.json.
 """
 
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
@@ -17,7 +16,6 @@ import stages.models.quiet  # noqa: F401, I001 - before what it quiets
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -43,8 +41,7 @@ from stages.params import Machine
 
 RESULTS = Path("bench/results/merge.json")
 SHARD = "2GB"
-LIMIT = 2 << 30
-VARIANTS = ("cp", "lorepro", "lorepro, 2 GiB", "peft", "check", "cp")
+VARIANTS = ("cp", "lorepro", "peft", "check", "cp")
 SHAPES = {
     "gemma2-9b": {
         "vocab_size": 256000,
@@ -176,8 +173,6 @@ def child(variant: str, base: Path, adapter: Path, out: Path) -> None:
     print(time.clock_gettime(time.CLOCK_BOOTTIME) - _born(), flush=True)
     Path("/proc/self/oom_score_adj").write_text("1000")  # where memory does not suffice, this process goes
     machine = resolve(Machine(device="cpu", devices=1, dtype="bfloat16", tokens_per_pack="auto", rows_per_batch="auto"))
-    if variant.endswith("2 GiB"):
-        resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     if variant == "peft":
         merge_by_peft(base, adapter, out)
     elif variant == "check":
