@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from bench.cpu_formats import cpu
 from bench.train import Counter, Marks
 from stages import timing, train
+from stages.models.checkpoints import Run
 from stages.models.load import load_model
 from stages.models.lora import add_adapters, fuse
 from stages.models.machine import resolve
@@ -49,7 +50,8 @@ def ours(folder: Path, params: Params, rows: list[dict], dtype: str = "auto", or
     marks = Marks()
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        trainer = train.Trainer(model, tokenizer, settings, machine, rows, rows[:1], scratch)
+        run = Run(Path(scratch) / "checkpoints", 10**6)
+        trainer = train.Trainer(model, tokenizer, settings, machine, rows, rows[:1], scratch, run, None)
         trainer.add_callback(marks)
         trainer.train()
     points = [point for point in trainer.history if "loss" in point]
