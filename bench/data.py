@@ -145,6 +145,7 @@ def write_params(path: Path, task: str) -> None:
 def measured(command: list[str], folder: Path) -> dict[str, float]:
     """Seconds by the clock and of all cores, and the largest sum of the resident memory of the process and those it
     started."""
+    load = os.getloadavg()[0]  # more than a few tenths: others were at work, and core_seconds say more than seconds
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = psutil.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
     peak = 0
@@ -155,7 +156,8 @@ def measured(command: list[str], folder: Path) -> dict[str, float]:
     core_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if process.returncode:
         sys.exit(process.stderr.read().decode())
-    return {"seconds": round(seconds, 1), "core_seconds": round(core_seconds, 1), "peak_gib": round(peak / 2**30, 2)}
+    figures = {"seconds": seconds, "core_seconds": core_seconds, "peak_gib": peak / 2**30, "load_before": load}
+    return {name: round(figure, 2) for name, figure in figures.items()}
 
 
 def _resident(process: psutil.Process) -> int:

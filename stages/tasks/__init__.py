@@ -12,7 +12,7 @@ It defines
 and may define
 
 - `unscorable(conversations, options)`, which yields of the test rows those that no answer can be scored against, each
-  with the Refusal that says why, or raises it;
+  with the Refusal that says why, or raises it; going through the conversations reads them from their file each time;
 - `score_and_show(conversations, answers, options)`, which yields for each answer its scores and a JSON value that shows
   a person why they are what they are; it stands in data/answers as `shown`.
 
