@@ -101,7 +101,7 @@ def name_terminator(folder: Path) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         problem = str(error).strip().split("\n")[0]
         raise Refusal(f"the model's tokenizer cannot be opened ({problem}); bring its tokenizer.json") from None
     turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]

@@ -144,7 +144,8 @@ def _jsonl(path: Path) -> Iterator[Record]:
             if line.strip():
                 where = f"{path.name} line {number}"
                 row, end = _parse(where, line, JSON_SPACE.match(line).end())
-                if line[end:].strip():
+                end = JSON_SPACE.match(line, end).end()
+                if end < len(line):
                     raise _not_json(where, line, end, "Extra data")
                 yield Record(where, _mapping(where, row))
 
@@ -219,7 +220,7 @@ def _not_json(where: str, text: str, place: int, problem: str) -> Refusal:
     line = "" if " line " in where else f" line {text.count(chr(10), 0, place) + 1}"
     column = place - text.rfind("\n", 0, place)
     hint = "; one row a line is .jsonl" if line and problem == "Extra data" else "; mend it or leave the row out"
-    return Refusal(f"{where}{line}: column {column} is not JSON: {problem}{hint}")
+    return Refusal(f"{where}{line}: column {column} is not JSON: {problem.removesuffix(' at')}{hint}")
 
 
 def _mapping(where: str, row: Any) -> dict[str, Any]:

@@ -14,14 +14,14 @@ from stages.params import Lora
 from stages.refusal import Refusal
 from tools import chat
 
-MACHINE = {"device": "cpu", "dtype": "float32", "devices": 1}
+MACHINE = {"machine.device": "cpu", "machine.dtype": "float32", "machine.devices": 1}
 LORA = Lora(r=4, alpha=64.0, dropout=0.0, target_modules="all-linear", method="lora", init="default", quantize=None)
 
 
 @pytest.fixture
 def models(tmp_path, tiny_model, params_file, monkeypatch):
     """A repository's folder in which the pipeline has made its models: the merged one with other weights."""
-    params_file(tmp_path, **{f"machine.{key}": value for key, value in MACHINE.items()})
+    params_file(tmp_path, **MACHINE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models/base").symlink_to(tiny_model)

@@ -22,13 +22,11 @@ ARGUMENTS = [
     "metrics/base.json",
 ]
 MACHINE = {
-    "device": "cpu",
-    "devices": 1,
-    "dtype": "float32",
-    "tokens_per_pack": 64,
-    "rows_per_batch": 4,
-    "engine": "batches",
-    "checkpoint_minutes": "auto",
+    "machine.device": "cpu",
+    "machine.devices": 1,
+    "machine.dtype": "float32",
+    "machine.tokens_per_pack": 64,
+    "machine.rows_per_batch": 4,
 }
 
 
@@ -41,7 +39,7 @@ def stage(tmp_path, tiny_model, params_file, monkeypatch):
     Path("data/raw/mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     def go(**overrides) -> tuple[list[dict], dict]:
-        changes = {"task": QUOTES, "evaluate.max_new_tokens": 8, "machine": MACHINE}
+        changes = {"task": QUOTES, "evaluate.max_new_tokens": 8} | MACHINE
         changes |= {"prepare.group_by": "author", "prepare.validation": 0.1, "prepare.test": 0.3}
         params_file(tmp_path, **(changes | overrides))
         prepare.main(["data/raw", "data/conversations", "metrics/data.json"])
@@ -145,7 +143,7 @@ def test_what_a_task_shows_stands_beside_each_answer(stage, monkeypatch):
 
 def test_rows_split_over_several_devices_are_answered_and_scored_the_same(stage):
     answers, metrics = stage()
-    assert stage(machine={**MACHINE, "devices": 2}) == (answers, metrics)
+    assert stage(**{"machine.devices": 2}) == (answers, metrics)
     assert len({answer["answer"] for answer in answers}) > 1
 
 

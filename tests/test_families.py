@@ -1,6 +1,5 @@
 """A tiny model of each family through the whole pipeline, and what must be true of it afterwards."""
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +55,7 @@ class Ran:
     def plain(self, model: str):
         """The model as transformers alone opens it, Gemma 3n without the code of its image tower."""
         path = self.folder / "models" / model
-        shapes = towers.shapes(path)
-        with towers.instead(shapes) if shapes and self.name == "gemma3n" else contextlib.nullcontext():
+        with towers.unseen(path, AutoConfig.from_pretrained(path)):
             return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
@@ -87,13 +85,10 @@ def run(name: str, folder: Path, **overrides) -> Ran:
             "train.validations": 1,
             "merge.max_kl": 1e-3,
             "evaluate.max_new_tokens": 24,
-            "machine": {
-                "device": "cpu",
-                "devices": 1,
-                "dtype": "float32",
-                "tokens_per_pack": 600,
-                "rows_per_batch": 8,
-            },
+            "machine.device": "cpu",
+            "machine.dtype": "float32",
+            "machine.tokens_per_pack": 600,
+            "machine.rows_per_batch": 8,
         }
         | overrides,
     )

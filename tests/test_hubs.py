@@ -11,6 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import tokenizers
 from pydantic import ValidationError
 
 from stages import download, params
@@ -25,8 +26,9 @@ WEIGHTS = bytes(range(256)) * 40  # 10,240 bytes
 TOY = {
     "config.json": b'{"model_type": "gemma3_text"}',
     "generation_config.json": b"{}",
-    "tokenizer.json": b"{}" + b" " * 2000,
-    "tokenizer_config.json": b'{"chat_template": "{{ messages }}"}',
+    "tokenizer.json": tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, "<unk>")).to_str().encode()
+    + b" " * 2000,
+    "tokenizer_config.json": b'{"chat_template": "{{ messages }}", "tokenizer_class": "PreTrainedTokenizerFast"}',
     "LICENSE": b"as you like",
     "model.safetensors": WEIGHTS,
 }

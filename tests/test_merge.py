@@ -19,13 +19,11 @@ from stages.refusal import Refusal
 
 LORA = Lora(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", method="lora", init="default", quantize=None)
 MACHINE = {
-    "device": "cpu",
-    "devices": 1,
-    "dtype": "float32",
-    "tokens_per_pack": 64,
-    "rows_per_batch": 4,
-    "engine": "batches",
-    "checkpoint_minutes": "auto",
+    "machine.device": "cpu",
+    "machine.devices": 1,
+    "machine.dtype": "float32",
+    "machine.tokens_per_pack": 64,
+    "machine.rows_per_batch": 4,
 }
 
 
@@ -58,7 +56,7 @@ def stage(tmp_path, tiny_model, adapter, params_file, monkeypatch):
     encode.main(["base", "conversations", "tokens", "tokens.json"])
 
     def go(adapter: Path = adapter, **overrides) -> dict:
-        params_file(tmp_path, **({"machine": MACHINE, "merge.max_kl": 0.5} | overrides))
+        params_file(tmp_path, **(MACHINE | {"merge.max_kl": 0.5} | overrides))
         merge.main(["base", str(adapter), "tokens/test.parquet", "models/merged", "metrics/merge.json"])
         return json.loads(Path("metrics/merge.json").read_text())
 

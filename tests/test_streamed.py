@@ -22,7 +22,7 @@ ROWS = [
 
 
 def machine(dtype: torch.dtype) -> Resolved:
-    return Resolved("cpu", ("cpu",), dtype, 64, 4)
+    return Resolved("cpu", ("cpu",), dtype, 64, 4, "batches")
 
 
 def write_adapter(base: Path, folder: Path, **values) -> Path:

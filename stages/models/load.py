@@ -1,6 +1,5 @@
 """A model's folder in; the model ready for training or generation out, and the loss of packed rows through it."""
 
-import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -36,10 +35,8 @@ def load_model(
     Raises Refusal where the model is of a family that no test has tried and packed rows are not right in it.
     """
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    # the code of Gemma 3n's image tower is in another package, and nothing here looks at images
-    unseen = towers.instead(towers.shapes(folder)) if config.model_type == "gemma3n" else contextlib.nullcontext()
     packed = quantize == "nf4" and device.startswith("cuda")
-    with unseen:
+    with towers.unseen(folder, config):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,

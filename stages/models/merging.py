@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from stages.models import towers
 from stages.models.families import adaptable
 from stages.models.load import load_model, nf4_values
 from stages.models.shards import DTYPES, Stored, stored, stored_model, write_shard
@@ -229,7 +230,7 @@ def read_weights(plan: Plan, device: str, quantize: str | None) -> Callable[[str
 def give_buffers(plan: Plan, folder: Path, device: str) -> None:
     """Compute what no file holds, as the angles of rotary embeddings, on the model without weights."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with init_empty_weights(include_buffers=False):
+    with towers.unseen(folder, config), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=plan.model.dtype)
     for name, buffer in model.named_buffers():
         if name in plan.sources:

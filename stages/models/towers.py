@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.models.gemma3n import modeling_gemma3n
 
 PREFIX = "model.vision_tower."
@@ -42,8 +43,18 @@ def shapes(folder: Path) -> dict[str, list[int]]:
 
 
 @contextlib.contextmanager
+def unseen(folder: Path, config: PretrainedConfig) -> Iterator[None]:
+    """While the block runs, the model of `folder`, if it is a Gemma 3n, gets a Tower for its image tower."""
+    if config.model_type != "gemma3n":
+        yield
+        return
+    with instead(shapes(folder)):
+        yield
+
+
+@contextlib.contextmanager
 def instead(shapes: dict[str, list[int]]) -> Iterator[None]:
-    """While the block runs, Gemma 3n gets a Tower for its image tower."""
+    """While the block runs, every Gemma 3n gets a Tower for its image tower."""
 
     def from_config(config, **options) -> nn.Module:
         return Tower(shapes) if config.model_type == "gemma3n_vision" else original.from_config(config, **options)
