@@ -2,7 +2,7 @@
 
 import ctypes
 import importlib.util
-import statistics
+import math
 import time
 from dataclasses import dataclass
 
@@ -71,17 +71,24 @@ def _fastest(device: str) -> torch.dtype:
     with avx512_bf16, one is 2.4 times as fast in bfloat16 as in float32, the other 0.6 times (bench/README.md)."""
     if device == "cuda":
         return torch.bfloat16
-    seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = _product_seconds((torch.float32, torch.bfloat16))
     # a difference that another run might see the other way round does not decide
     return torch.bfloat16 if seconds[torch.bfloat16] < FASTER * seconds[torch.float32] else torch.float32
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
-    """The median time of a matrix product of the size that training a small model is made of, about a millisecond."""
-    x, weight = torch.ones(256, 640, dtype=dtype), torch.ones(2048, 640, dtype=dtype)
-    seconds = []
+def _product_seconds(dtypes: tuple[torch.dtype, ...]) -> dict[torch.dtype, float]:
+    """How long a matrix product of the size that training a small model is made of takes, about two milliseconds.
+
+    The shortest of 21, taken in turn and on one thread: threads wait for each other where other programs run, and
+    those must not decide the format."""
+    pairs = {dtype: (torch.ones(256, 640, dtype=dtype), torch.ones(2048, 640, dtype=dtype)) for dtype in dtypes}
+    seconds = dict.fromkeys(dtypes, math.inf)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(21):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        for dtype, (x, weight) in pairs.items():
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return seconds
