@@ -146,9 +146,10 @@ class Marks(TrainerCallback):
 def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "auto", profiled: bool = False) -> dict:
     from stages import train
     from stages.models.checkpoints import Run
+    from stages.models.fused import fuse
     from stages.models.graphs import compile_pieces
     from stages.models.load import load_model
-    from stages.models.lora import add_adapters, fuse
+    from stages.models.lora import add_adapters
     from stages.models.machine import resolve
     from stages.params import Lora, Machine, Train
 

@@ -31,7 +31,8 @@ from bench.train import Counter, Marks
 from stages import timing, train
 from stages.models.checkpoints import Run
 from stages.models.load import load_model
-from stages.models.lora import add_adapters, fuse
+from stages.models.fused import fuse
+from stages.models.lora import add_adapters
 from stages.models.machine import resolve
 from stages.models.schedule import schedule
 from stages.outputs import write_json

@@ -41,7 +41,8 @@ from stages.models.checkpoints import Checkpoint, Run, checksums, opened, surrou
 from stages.models.families import family
 from stages.models.graphs import Graphs, compile_pieces, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
-from stages.models.lora import add_adapters, fuse, save_adapter
+from stages.models.fused import fuse
+from stages.models.lora import add_adapters, save_adapter
 from stages.models.machine import Resolved, resolve
 from stages.models.packs import Pack, pack
 from stages.models.schedule import schedule

@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
+from stages.models.fused import fuse
 from stages.models.graphs import Graphs, own_gradients
 from stages.models.load import load_model, pack_loss
-from stages.models.lora import add_adapters, fuse
+from stages.models.lora import add_adapters
 from stages.models.packs import IGNORED, pack
 from stages.params import Lora
 

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import shutil
+import types
 
 import peft
 import pyarrow
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from stages import train
 from stages.encode import SCHEMA
+from stages.models.fused import KINDS, _FusedLora, _Gated, _gated_lora_forward, _WideLora, fuse
 from stages.models.load import load_model, pack_loss
-from stages.models.lora import _FusedLora, _WideLora, add_adapters, fuse, load_adapter
+from stages.models.lora import add_adapters, load_adapter
 from stages.models.packs import IGNORED, pack
 from stages.params import Lora
 from stages.refusal import Refusal
@@ -187,6 +189,38 @@ def test_the_products_of_adapted_layers_have_exact_gradients(kind):
     expected = torch.autograd.grad(x @ weight.T + 0.5 * (x @ down.T) @ up.T, trained, outer)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-6)  # adapters' gradients are float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_activation_times_up_has_the_gradients_of_transformers_own(kind):
+    draw = torch.Generator().manual_seed(0)
+    gate, up, outer = (3 * torch.randn(1000, generator=draw) for _ in range(3))
+    trained = [gate.requires_grad_(), up.requires_grad_()]
+    found, expected = _Gated.apply(gate, up, KINDS[kind]), kind()(gate) * up
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip(*(torch.autograd.grad(out, trained, outer) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_gate_and_up_taken_together_have_the_gradients_of_one_after_the_other(tiny_model, tmp_path):
+    rows = write_tokens(tmp_path / "rows.parquet", 6, 2)
+    found = []
+    for together in (False, True):
+        model = add_adapters(load_model(tiny_model, "cpu", torch.float32), Lora(**LORA), seed=0).train()
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        fuse(model)
+        for module in model.modules() if together else ():
+            if hasattr(module, "gate_proj"):
+                module.forward = types.MethodType(_gated_lora_forward, module)
+        loss = sum(pack_loss(model.get_base_model(), piece) for piece in pack(rows, 200))
+        loss.backward()
+        found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (apart_loss, apart), (loss, gradients) = found
+    assert loss == pytest.approx(apart_loss, rel=1e-6)
+    for name, gradient in apart.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_adapters_with_dropout_keep_pefts_own_forward(tiny_model):

@@ -1,16 +1,9 @@
 """params.yaml's lora section in; a model with fresh, seeded adapters out, and adapters saved the same bytes twice."""
 
-import functools
 import json
 import tempfile
-import types
-from collections.abc import Callable
 from pathlib import Path
 
-import peft
-import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
@@ -62,136 +55,6 @@ def targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
 def _called(module: str, names: list[str]) -> bool:
     """Whether the module's whole name ends as PEFT asks of one in `target_modules`."""
     return f".{module}".endswith(tuple(f".{name}" for name in names))
-
-
-class _FusedLora(torch.autograd.Function):
-    """x·Wᵀ + s·(x·Aᵀ)·Bᵀ as two products into one result.
-
-    PEFT's own line makes the product, its scaled copy and the sum one after another, each as large as the result, in
-    float32 whatever the model's format, and autograd keeps more of the kind; here x and x·Aᵀ are kept.
-    """
-
-    @staticmethod
-    def forward(ctx, rows, weight, down, up, scaling: float):
-        down, up = down.to(rows.dtype), up.to(rows.dtype)
-        inner = rows @ down.T
-        out = (rows @ dense(weight).T).addmm_(inner, up.T, alpha=scaling)
-        ctx.save_for_backward(rows, weight, down, up, inner)
-        ctx.scaling = scaling
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        rows, weight, down, up, inner = ctx.saved_tensors
-        to_inner = (gradient @ up).mul_(ctx.scaling)
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x = (gradient @ dense(weight)).addmm_(to_inner, down)
-        to_up = (gradient.T @ inner).mul_(ctx.scaling)
-        return to_x, None, (to_inner.T @ rows).float(), to_up.float(), None
-
-
-class _WideLora(torch.autograd.Function):
-    """The same as one product, [x, x·Aᵀ]·[W, s·B]ᵀ.
-
-    Where a layer widens, adding the adapter's part to the result, as _FusedLora does, costs a pass over the larger
-    tensor; here it costs r more columns of the product. W and s·B are copied side by side each time: with the
-    thousands of tokens that a GPU takes at once, under a hundredth of the time.
-    """
-
-    @staticmethod
-    def forward(ctx, rows, weight, down, up, scaling: float):
-        down = down.to(rows.dtype)
-        inner = rows @ down.T
-        ctx.save_for_backward(rows, weight, down, up, inner)
-        ctx.scaling = scaling
-        return torch.cat((rows, inner), dim=1) @ _beside(weight, up, scaling).T
-
-    @staticmethod
-    def backward(ctx, gradient):
-        rows, weight, down, up, inner = ctx.saved_tensors
-        to_both = gradient @ _beside(weight, up, ctx.scaling)
-        to_inner = to_both[:, rows.shape[1] :]
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x = torch.addmm(to_both[:, : rows.shape[1]], to_inner, down)
-        to_up = (gradient.T @ inner).float() * ctx.scaling
-        return to_x, None, (to_inner.T @ rows).float(), to_up, None
-
-
-def _beside(weight: torch.Tensor, up: torch.Tensor, scaling: float) -> torch.Tensor:
-    """[W, s·B]: [out, in + r]."""
-    weight = dense(weight)
-    return torch.cat((weight, (up * scaling).to(weight.dtype)), dim=1)
-
-
-def dense(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as a product takes it: a quantized one de-quantized."""
-    state = getattr(weight, "quant_state", None)
-    return weight if state is None else dequantize_4bit(weight, state)
-
-
-def fuse(model: PeftModel) -> None:
-    """Let the adapters of plain linear layers train through _FusedLora or _WideLora, and on a GPU compute an MLP's
-    act(gate)·up in one pass; others (dropout, bias, DoRA) keep PEFT's forward."""
-    cuda = model.device.type == "cuda"
-    for layer in model.modules():
-        if _is_plain(layer):
-            wide = cuda and layer.out_features > layer.in_features
-            layer.forward = types.MethodType(_wide_forward if wide else _fused_forward, layer)
-    for module in model.modules() if cuda else ():
-        if _is_gated(module, model.device, model.dtype):
-            module.forward = types.MethodType(_gated_forward, module)
-
-
-def _is_plain(layer: torch.nn.Module | None) -> bool:
-    if not isinstance(layer, peft.tuners.lora.LoraLayer) or layer.active_adapters != ["default"]:
-        return False
-    base, dropout = layer.get_base_layer(), layer.lora_dropout["default"]
-    kinds = (torch.nn.Linear, Linear4bit)
-    return (
-        type(base) in kinds and base.bias is None and isinstance(dropout, torch.nn.Identity) and not layer.lora_variant
-    )
-
-
-@torch.no_grad()
-def _is_gated(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the module computes down(act(gate(x))·up(x)), as most MLPs do, and nothing more: tried on numbers."""
-    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        return False
-    x = torch.randn(4, module.gate_proj.in_features, generator=torch.Generator().manual_seed(0))
-    x = x.to(device, dtype)
-    return torch.equal(module(x), module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x)))
-
-
-def _factors(layer: peft.tuners.lora.LoraLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return layer.get_base_layer().weight, down, up, layer.scaling["default"]
-
-
-def _by_rows(
-    product: type[torch.autograd.Function], layer: peft.tuners.lora.LoraLayer, x: torch.Tensor
-) -> torch.Tensor:
-    """x: [..., in]. Shaped out here, since Gemma 3n scales one such result in place, which autograd forbids where the
-    function itself returns a view."""
-    return product.apply(x.reshape(-1, x.shape[-1]), *_factors(layer)).reshape(*x.shape[:-1], -1)
-
-
-def _fused_forward(layer: peft.tuners.lora.LoraLayer, x: torch.Tensor) -> torch.Tensor:
-    return _by_rows(_FusedLora, layer, x)
-
-
-def _wide_forward(layer: peft.tuners.lora.LoraLayer, x: torch.Tensor) -> torch.Tensor:
-    return _by_rows(_WideLora, layer, x)
-
-
-def _gated_forward(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return mlp.down_proj(_compiled_gate()(mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)))
-
-
-@functools.cache
-def _compiled_gate() -> Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]:
-    return torch.compile(lambda act, gate, up: act(gate) * up, dynamic=True)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -36,7 +36,10 @@ class _HeadLoss(torch.autograd.Function):
             rows = slice(start, start + at_once)
             if cuda:
                 product = hidden[rows] @ weight.T
-                losses[rows] = _compiled()(product, targets[rows, None], softcap)
+                index = targets[rows, None]
+                for tensor in (product, index):  # the vocabulary's size the kernels may know
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                losses[rows] = _compiled()(product, index, softcap)
             else:
                 products, scores = _workspace(len(weight), weight.dtype)
                 product = products[: len(hidden[rows])]
@@ -89,7 +92,7 @@ def _compiled() -> Callable[[torch.Tensor, torch.Tensor, float | None], torch.Te
         product.copy_(gradient)
         return found
 
-    return torch.compile(losses, dynamic=True)
+    return torch.compile(losses)
 
 
 def head_loss(
