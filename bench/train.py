@@ -8,6 +8,7 @@ Weights are random, since the arithmetic is the same: what is measured is speed.
 
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -202,19 +203,20 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
 
 
 class Profile(TrainerCallback):
-    """Where two steps spend the GPU's time, printed."""
+    """Where two steps spend the GPU's time, printed, and as a trace in the folder PROFILE names."""
 
     def on_step_end(self, args, state, control, **_):
-        if state.global_step == WARM + 2:
+        if state.global_step == WARM + 14:
             torch.cuda.synchronize()
             kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             self.profile = torch.profiler.profile(activities=kinds)
             self.profile.__enter__()
             self.began = time.monotonic()
-        if state.global_step == WARM + 4:
+        if state.global_step == WARM + 16:
             torch.cuda.synchronize()
             print(f"two steps: {time.monotonic() - self.began:.3f} s", file=sys.stderr)
             self.profile.__exit__(None, None, None)
+            self.profile.export_chrome_trace(os.environ["PROFILE"] + "/trace.json.gz")
             table = self.profile.key_averages().table(
                 sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=70
             )

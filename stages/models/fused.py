@@ -4,7 +4,6 @@ PEFT writes an adapted layer as three products and two sums, transformers an MLP
 on a GPU those passes take longer than the products.
 """
 
-import functools
 import math
 import types
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers.activations import GELUTanh, SiLUActivation
+
+from stages.models.compiled import any_length
 
 
 class _FusedLora(torch.autograd.Function):
@@ -99,13 +100,13 @@ class _GatedLora(torch.autograd.Function):
         up = both @ _one_of_two(up_weight, up_up, scalings[1], len(gate_down), 0).T
         ctx.save_for_backward(rows, inner, gate, up, downs, gate_weight, up_weight, gate_up, up_up)
         ctx.scalings, ctx.kind = scalings, kind
-        return _compiled(gated)(gate, up, kind)
+        return _of(gated, gate)(gate, up, kind)
 
     @staticmethod
     def backward(ctx, gradient):
         rows, inner, gate, up, downs, gate_weight, up_weight, gate_up, up_up = ctx.saved_tensors
         first, second = gate_up.shape[1], up_up.shape[1]
-        to_gate, to_up = _compiled(gated_backward)(gradient, gate, up, ctx.kind)
+        to_gate, to_up = _of(gated_backward, gradient)(gradient, gate, up, ctx.kind)
         to_both = to_gate @ _one_of_two(gate_weight, gate_up, ctx.scalings[0], 0, second)
         to_both.addmm_(to_up, _one_of_two(up_weight, up_up, ctx.scalings[1], first, 0))
         to_inner = to_both[:, rows.shape[1] :]
@@ -133,11 +134,11 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate, up, kind):
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
-        return _compiled(gated)(gate, up, kind)
+        return _of(gated, gate)(gate, up, kind)
 
     @staticmethod
     def backward(ctx, gradient):
-        return *_compiled(gated_backward)(gradient, *ctx.saved_tensors, ctx.kind), None
+        return *_of(gated_backward, gradient)(gradient, *ctx.saved_tensors, ctx.kind), None
 
 
 # Both activations are x·sigmoid(z): SiLU with z = x; GELU's tanh form (Hendrycks and Gimpel 2016), since
@@ -165,9 +166,8 @@ def gated_backward(
     return to_gate.to(gate.dtype), (outer * x * share).to(up.dtype)
 
 
-@functools.cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=True) if torch.cuda.is_available() else function
+def _of(function: Callable, tensor: torch.Tensor) -> Callable:
+    return any_length(function) if tensor.is_cuda else function
 
 
 def fuse(model: PeftModel) -> None:

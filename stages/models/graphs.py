@@ -7,12 +7,12 @@ graph is launched whole. Its shapes are fixed, so packs are padded to the next o
 import functools
 import sys
 import types
-from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from stages.models.compiled import any_length
 from stages.models.packs import Pack, Sight, moved, padded
 
 KEYS = 4  # keys to a query, at most, where packs share beginnings
@@ -28,32 +28,13 @@ def size_of(tokens: int) -> int:
 def compile_pieces(model: PreTrainedModel) -> None:
     """Have the model's norms and rotary embedding compiled, for any number of tokens: each is one pass over memory
     then, where PyTorch's own operations make up to eight."""
-    # the norms are one function to the compiler, which by default gives up at the ninth shape or surrounding
-    torch._dynamo.config.recompile_limit = 64
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = types.MethodType(_any_length(type(module).forward), module)
+            module.forward = types.MethodType(any_length(type(module).forward), module)
     modeling = sys.modules[type(model).__module__]
     rotary = getattr(modeling, "apply_rotary_pos_emb", None)
-    if rotary is not None and not hasattr(rotary, "compiled"):
-        modeling.apply_rotary_pos_emb = _any_length(rotary)
-
-
-@functools.cache
-def _any_length(function: Callable) -> Callable:
-    """The function compiled for tensors of any number of tokens, and for their other sizes as they are: where a kernel
-    does not know these, each element's place costs it a division."""
-    compiled = torch.compile(function)
-
-    def called(*arguments, **options):
-        for argument in arguments:
-            if isinstance(argument, torch.Tensor):
-                leading = argument.shape[:-1]  # [1, T] or, in one order or the other, [1, heads, T]
-                torch._dynamo.maybe_mark_dynamic(argument, leading.index(max(leading)))
-        return compiled(*arguments, **options)
-
-    called.compiled = True
-    return called
+    if rotary is not None and rotary.__module__ != any_length.__module__:
+        modeling.apply_rotary_pos_emb = any_length(rotary)
 
 
 class _Decoder(nn.Module):

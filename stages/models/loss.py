@@ -1,10 +1,11 @@
 """The cross-entropy of the supervised tokens, without ever holding all their logits."""
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
+from stages.models.compiled import any_length
 
 # rows of a 262,144-word vocabulary in float32 are 1 MiB each
 TOKENS_AT_ONCE = {"cpu": 128, "cuda": 2048}
@@ -36,10 +37,7 @@ class _HeadLoss(torch.autograd.Function):
             rows = slice(start, start + at_once)
             if cuda:
                 product = hidden[rows] @ weight.T
-                index = targets[rows, None]
-                for tensor in (product, index):  # the vocabulary's size the kernels may know
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                losses[rows] = _compiled()(product, index, softcap)
+                losses[rows] = any_length(_losses_in_one)(product, targets[rows, None], softcap)
             else:
                 products, scores = _workspace(len(weight), weight.dtype)
                 product = products[: len(hidden[rows])]
@@ -75,24 +73,19 @@ def _losses(product: torch.Tensor, logits: torch.Tensor, index: torch.Tensor, so
     return (mass.log() + highest - chosen)[:, 0]
 
 
-@functools.cache
-def _compiled() -> Callable[[torch.Tensor, torch.Tensor, float | None], torch.Tensor]:
-    """`_losses` for a GPU, where the passes over [N, V] are what costs: compiled, they are two reads and a write."""
-
-    def losses(product: torch.Tensor, index: torch.Tensor, softcap: float | None) -> torch.Tensor:
-        logits = product.float()
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        mass = logits.logsumexp(1, keepdim=True)
-        columns = torch.arange(logits.shape[1], device=logits.device)
-        gradient = (logits - mass).exp() - (columns == index).float()
-        if softcap is not None:
-            gradient = gradient * (1 - (logits / softcap) ** 2)
-        found = (mass - logits.gather(1, index))[:, 0]
-        product.copy_(gradient)
-        return found
-
-    return torch.compile(losses)
+def _losses_in_one(product: torch.Tensor, index: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """`_losses` for a GPU's compiler, which makes two reads and a write of it: passes over [N, V] are what costs."""
+    logits = product.float()
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    mass = logits.logsumexp(1, keepdim=True)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    gradient = (logits - mass).exp() - (columns == index).float()
+    if softcap is not None:
+        gradient = gradient * (1 - (logits / softcap) ** 2)
+    found = (mass - logits.gather(1, index))[:, 0]
+    product.copy_(gradient)
+    return found
 
 
 def head_loss(
