@@ -9,6 +9,9 @@ from stages.models.compiled import any_length
 
 # rows of a 262,144-word vocabulary in float32 are 1 MiB each
 TOKENS_AT_ONCE = {"cpu": 128, "cuda": 2048}
+# to a multiple of which a GPU's tokens are filled up: for each number of them cuBLAS may take another kernel, and
+# loading one that was not used before waits until the GPU has nothing left to do
+STEP = 256
 
 
 @functools.lru_cache(maxsize=1)
@@ -29,9 +32,11 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None):
-        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        tokens, cuda = len(hidden), hidden.device.type == "cuda"
+        if cuda:
+            hidden, targets = F.pad(hidden, (0, 0, 0, -tokens % STEP)), F.pad(targets, (0, -tokens % STEP))
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        cuda = hidden.device.type == "cuda"
         at_once = TOKENS_AT_ONCE[hidden.device.type]
         for start in range(0, len(hidden), at_once):
             rows = slice(start, start + at_once)
@@ -45,8 +50,8 @@ class _HeadLoss(torch.autograd.Function):
                 losses[rows] = _losses(product, scores[: len(product)], targets[rows, None], softcap)
             if gradient is not None:
                 gradient[rows] = product @ weight
-        ctx.save_for_backward(gradient)
-        return losses
+        ctx.save_for_backward(None if gradient is None else gradient[:tokens])
+        return losses[:tokens]
 
     @staticmethod
     def backward(ctx, outer: torch.Tensor):
