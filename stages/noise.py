@@ -82,6 +82,14 @@ def difference(before: Score, after: Score, seed: int = 0) -> Difference:
     return Difference(after.mean - before.mean, low, high, sign_flip(changes))
 
 
+def firsts(scores: list[Score], seed: int = 0) -> list[float]:
+    """For each of several scores of the same rows, in the same order: the share of the bootstrap's draws of groups in
+    which it is the highest. One that several have is shared among them."""
+    means = np.stack(_resampled([score.by_group() for score in scores], seed))
+    highest = means == means.max(axis=0)
+    return (highest / highest.sum(axis=0)).mean(axis=1).tolist()
+
+
 def verdict(name: str, found: Difference) -> str:
     """`noise`, or whether the score of that name got `better` or `worse`."""
     if found.is_noise:

@@ -1,4 +1,4 @@
-"""A template beside this module and its values in, one HTML file out: whatever stands in the values, it is escaped."""
+"""A template of stages/ or tools/ and its values in; one HTML file out: whatever stands in the values is escaped."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ def score(value: float, name: str, signed: bool = False) -> str:
 
 def write(out: Path, template: str, **values: Any) -> None:
     """Fill the template and write the page to `out`."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    here = Path(__file__).parent
+    loader = jinja2.FileSystemLoader([here, here.parent / "tools"])
     templates = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -1,0 +1,404 @@
+"""Values of parameters in; an experiment of every combination, and metrics/sweep.html that compares them, out.
+
+    python -m tools.sweep -S lora.r=8,16,32 -S train.learning_rate=1e-4,5e-4
+    python -m tools.sweep -S train.seed=0,1,2,3 --jobs 2
+
+On each GPU runs one experiment, on a CPU one at a time; --jobs says how many, never two on one GPU. One that fails is
+named and the others go on. Whatever ends it, type the same command again: what is done stays done. `dvc exp show` lists
+all.
+
+Each experiment is one `dvc exp run` in a clone of its own, from the last commit, with the one cache. In one repository
+they are not sound (dvc 3.67.1): of six `dvc exp run --temp` begun at once three gave up on DVC's lock, all keep what
+they are to run in one stash and take what lies there, and a kill can leave HEAD detached and params.yaml changed.
+"""
+
+import argparse
+import contextlib
+import difflib
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import networkx
+import pynvml
+from dvc.config import Config
+from dvc.dependency.param import ParamsDependency
+from dvc.exceptions import InvalidArgumentError
+from dvc.repo import Repo
+from dvc.utils.hydra import apply_overrides, get_hydra_sweeps, to_hydra_overrides
+from hydra.errors import HydraException
+from ruamel.yaml import YAML
+
+from stages import page
+from stages.last_run import SCORES, flat
+from stages.params import Machine, load
+from stages.refusal import Refusal, run
+from stages.sources.path import WATCHED
+from tools import sweep_page
+
+PARAMS = Path("params.yaml")
+PAGE = Path("metrics/sweep.html")
+RUNS = Path(".runs")
+FOLDER = RUNS / "sweep"
+LONGEST_NAME = 100
+# DVC, killed with this process; in a session of its own, so that Ctrl-C reaches this process alone, which ends the rest
+DVC = (
+    "import sys; from stages.refusal import die_with_parent; die_with_parent(int(sys.argv.pop(1))); "
+    "from dvc.cli import main; sys.exit(main())"
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination: its experiment's name, what `-S` says of it, and the values by their keys."""
+
+    name: str
+    overrides: tuple[str, ...]
+    values: dict[str, Any]
+
+    @property
+    def log(self) -> Path:
+        return FOLDER / f"{self.name}.log"
+
+
+@dataclass
+class Running:
+    """A DVC process in a clone, which leads a process group."""
+
+    process: subprocess.Popen
+    tree: Path
+    log: Path
+    began: float
+
+    def end(self) -> None:
+        """Leave nothing running: checkpoints and cache are such that a kill does them no harm."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        shutil.rmtree(self.tree, ignore_errors=True)
+
+
+def git(*arguments: str | Path) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise Refusal(f"git {arguments[0]} failed: {said}; run in the top folder of the repository, after git commit")
+    return done.stdout.strip()
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def combinations(settings: list[str]) -> list[Trial]:
+    """Every combination of the settings, each `key=value,value` in the grammar of `dvc exp run --queue -S`, checked as
+    params.yaml is; raises Refusal at the first that is wrong."""
+    text = PARAMS.read_text(encoding="utf-8-sig")
+    keys = [swept_key(setting, text) for setting in settings]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise Refusal(f"-S {key}: is there twice; write all its values into one: -S {key}=value,value")
+    try:
+        chosen = [tuple(sweep[str(PARAMS)]) for sweep in get_hydra_sweeps({str(PARAMS): settings})]
+    except InvalidArgumentError as error:
+        raise Refusal(f"-S {' -S '.join(settings)}: {error}; write -S key=value,value") from None
+    trials: dict[str, Trial] = {}
+    for overrides in chosen:
+        values = checked(overrides, keys, text)
+        trial = Trial(name(values), overrides, values)
+        if trial.name in trials:
+            raise Refusal(f"-S {' -S '.join(overrides)}: is there twice; name each value once")
+        trials[trial.name] = trial
+    return list(trials.values())
+
+
+def swept_key(setting: str, text: str) -> str:
+    """The parameter that a setting names; raises Refusal where params.yaml has none, or it cannot be compared over."""
+    try:
+        (override,) = to_hydra_overrides([setting])
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise Refusal(f"-S {setting}: cannot be read ({reason}); write -S key=value,value") from None
+    key = override.key_or_group
+    known = [name for name, _ in flat("", YAML(typ="safe", pure=True).load(text)) if "[" not in name]
+    if key in known and not (override.is_add() or override.is_delete() or override.package):
+        if key.startswith("machine."):
+            raise Refusal(f"-S {setting}: machine decides how fast, not what comes out; set it in params.yaml")
+        if key == "task.name":
+            raise Refusal(f"-S {setting}: scores of two tasks cannot be compared; sweep each by itself")
+        return key
+    inner = [name for name in known if name.startswith(f"{key}.")]
+    if inner:
+        raise Refusal(f"-S {setting}: {key} is a section; name one of its parameters, as {inner[0]}")
+    near = difflib.get_close_matches(key.lstrip("+~"), known, n=1)
+    meant = f"did you mean {near[0]}?" if near else "params.yaml has those there are"
+    raise Refusal(f"-S {setting}: {key} is not a parameter; {meant}")
+
+
+def checked(overrides: tuple[str, ...], keys: list[str], text: str) -> dict[str, Any]:
+    """The values of one combination, by their keys, as DVC will write them into params.yaml."""
+    settings = f"-S {' -S '.join(overrides)}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / PARAMS
+        path.write_text(text, encoding="utf-8")
+        try:
+            apply_overrides(path, list(overrides))
+            load(path)
+        except InvalidArgumentError as error:
+            raise Refusal(f"{settings}: {str(error.__cause__).splitlines()[0]}") from None
+        except Refusal as refusal:
+            raise Refusal(f"{settings}: {str(refusal).removeprefix(f'{path}: ')}") from None
+        values = dict(flat("", YAML(typ="safe", pure=True).load(path)))
+    return {key: values[key] for key in keys}
+
+
+def name(values: dict[str, Any]) -> str:
+    """The experiment's name: each parameter by its last word where that names one alone, and its value. What a git ref
+    cannot hold is replaced, and a checksum then tells it from others."""
+    last = [key.rpartition(".")[2] for key in values]
+    short = {key: word if last.count(word) == 1 else key for key, word in zip(values, last, strict=True)}
+    whole = ",".join(f"{short[key]}={value}" for key, value in values.items())
+    plain = re.sub(r"[^A-Za-z0-9_=,.+-]+|\.{2,}|\.(?=$|lock$)", "+", whole)[:LONGEST_NAME]
+    return plain if plain == whole else f"{plain}-{sha256(whole.encode()).hexdigest()[:8]}"
+
+
+def places(machine: Machine, jobs: int | None) -> list[str | None]:
+    """Where a process may run: the GPUs, as CUDA_VISIBLE_DEVICES names them; on a CPU None, once for each process."""
+    gpus = [] if machine.device == "cpu" else gpus_here()
+    if machine.device == "cuda" and not gpus:
+        raise Refusal("params.yaml: machine.device is cuda, but there is no GPU here; set it to auto")
+    if not gpus:
+        return [None] * (jobs or 1)
+    if machine.devices not in ("auto", 1):
+        raise Refusal(f"params.yaml: machine.devices is {machine.devices}, but an experiment has one GPU; set it to 1")
+    if jobs and jobs > len(gpus):
+        raise Refusal(f"--jobs {jobs}: there are {len(gpus)} GPUs here, and two on one would share its memory")
+    return gpus[:jobs]
+
+
+def gpus_here() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES lists, else the number of each GPU."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        listed = [gpu.strip() for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        return list(dict.fromkeys(gpu for gpu in listed if gpu not in ("", "-1")))
+    try:
+        pynvml.nvmlInit()
+        return [str(number) for number in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:  # no driver
+        return []
+
+
+def refuse_uncommitted() -> None:
+    """Raise Refusal where an experiment, which starts from the last commit, would miss something."""
+    for line in git("status", "--porcelain", "--untracked-files=all").splitlines():
+        state, _, path = line.strip().partition(" ")
+        if state != "??" or path.strip().startswith("stages/"):
+            raise Refusal(
+                f"{path.strip()}: is not as in the last commit, from which experiments start and under which they are "
+                "kept; git add and git commit it, or git stash it"
+            )
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Be the only sweep of this repository: the kernel gives the lock up however this process ends."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (RUNS / f"{FOLDER.name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal("another sweep runs in this repository; wait for its end, or end it") from None
+        yield
+
+
+def ref(head: str, trial: Trial) -> str:
+    return f"refs/exps/{head[:2]}/{head[2:]}/{trial.name}"
+
+
+def found(head: str, trial: Trial) -> str | None:
+    """The commit of the trial's experiment; None where it has not been run. Raises Refusal where one of that name is
+    another."""
+    commit = git("for-each-ref", "--format=%(objectname)", ref(head, trial))
+    if not commit:
+        return None
+    wanted, has = (decisive(git("show", f"{revision}:{PARAMS}")) for revision in (head, commit))
+    if has != {**wanted, **trial.values}:
+        raise Refusal(
+            f"{trial.name}: an experiment of that name has other parameters; dvc exp rename {trial.name} NAME, "
+            "then type this again"
+        )
+    return commit
+
+
+def decisive(text: str) -> dict[str, Any]:
+    values = flat("", YAML(typ="safe", pure=True).load(text))
+    return {key: value for key, value in values if not key.startswith("machine.")}
+
+
+def clone(tree: Path, head: str) -> None:
+    """Make a clone of this repository at `head`, with the same cache, checkpoints and own data and models."""
+    shutil.rmtree(tree, ignore_errors=True)
+    who = []
+    for key in ("user.name", "user.email"):
+        with contextlib.suppress(Refusal):
+            who += ["--config", f"{key}={git('config', key)}"]
+    git("clone", "--quiet", "--no-checkout", *who, ".", tree)
+    git("-C", tree, "checkout", "--quiet", "--detach", head)
+    for listed in git("ls-files", "-z", "--others", "--", *WATCHED).split("\0"):
+        if listed:
+            path = tree / listed.rstrip("/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(Path(listed).resolve())
+    # DVC_ROOT is the clone there, and what checkpoints and downloads keep under it has to outlive it
+    (tree / RUNS).symlink_to(RUNS.resolve())
+    local = Path(".dvc/config.local")
+    if local.exists():
+        shutil.copyfile(local, tree / local)
+    with Repo(".") as repo:
+        cache = repo.cache.local_cache_dir
+    with Config(str(tree / ".dvc")).edit("local") as config:
+        config.setdefault("cache", {})["dir"] = cache
+
+
+def start(arguments: list[str], head: str, log: Path, place: str | None, at_once: int) -> Running:
+    """Begin `dvc` with these arguments in a clone, on the GPU that `place` names where it names one."""
+    tree = FOLDER / "trees" / sha256(log.name.encode()).hexdigest()[:8]
+    clone(tree, head)
+    environment = dict(os.environ)
+    if place is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = place
+    elif at_once > 1:  # or each would take all cores
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", DVC, str(os.getpid()), *arguments],
+            cwd=tree,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Running(process, tree, log, time.monotonic())
+
+
+def why(running: Running) -> str:
+    """Why a process failed, in one line: what its stage said, else DVC, else the signal that ended it."""
+    status = running.process.returncode
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    lines = [line.strip() for line in running.log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    for start in ("error: ", "ERROR: "):
+        said = [line.removeprefix(start) for line in lines if line.startswith(start)]
+        if said:
+            return said[-1]
+    return f"exit status {status}"
+
+
+def run_shared(swept: list[str], head: str) -> None:
+    """Run, once and before the experiments, the stages that no swept parameter reaches: their results then come out of
+    the cache for all."""
+    with Repo(".") as repo:
+        graph = repo.index.graph
+        reached = set()
+        for stage in graph:
+            read = [key for dep in stage.deps if isinstance(dep, ParamsDependency) for key in dep.params]
+            if any(f"{key}.".startswith(f"{one}.") or f"{one}.".startswith(f"{key}.") for key in swept for one in read):
+                reached |= {stage, *networkx.ancestors(graph, stage)}  # an edge leads to what a stage depends on
+        shared = sorted(stage.addressing for stage in graph if stage not in reached)
+    if not shared:
+        return
+    say(f"first, once for all, what no swept parameter reaches: {', '.join(shared)}")
+    log = FOLDER / "shared.log"
+    running = start(["repro", *shared], head, log, None, 1)
+    try:
+        if running.process.wait():
+            raise Refusal(f"the stages that all experiments share failed: {why(running)}; all it said is in {log}")
+    finally:
+        running.end()
+
+
+def run_all(trials: list[Trial], total: int, head: str, where: list[str | None]) -> dict[str, str]:
+    """Run each trial on a place of its own; return why each that failed did, by its name."""
+    headline = sweep_page.headline(load(PARAMS))
+    waiting, free, failed = list(trials), list(where), {}
+    running: dict[str, tuple[Trial, str | None, Running]] = {}
+    done = total - len(trials)
+    try:
+        while waiting or running:
+            while waiting and free:
+                trial, place = waiting.pop(0), free.pop(0)
+                arguments = ["exp", "run", "--name", trial.name, *(f"-S{override}" for override in trial.overrides)]
+                running[trial.name] = trial, place, start(arguments, head, trial.log, place, len(where))
+                say(f"{trial.name}: begun{f' on GPU {place}' if place else ''}; what it says is in {trial.log}")
+            ended = [one for one in running.values() if one[2].process.poll() is not None]
+            for trial, place, dvc in ended:
+                seconds = time.monotonic() - dvc.began
+                if dvc.process.returncode == 0:
+                    one = ref(head, trial)
+                    git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", dvc.tree, f"+{one}:{one}")
+                    done += 1
+                    scores = json.loads(git("show", f"{one}:{SCORES}"))
+                    score = f"{headline.replace('_', ' ')} {page.score(scores[headline], headline)}"
+                    say(f"{trial.name}: {score} after {seconds:,.0f} s; {done} of {total} done")
+                else:
+                    failed[trial.name] = why(dvc)
+                    say(f"{trial.name}: failed after {seconds:,.0f} s: {failed[trial.name]}")
+                dvc.end()
+                del running[trial.name]
+                free.append(place)
+            if not ended:
+                time.sleep(0.2)
+    finally:
+        for _, _, dvc in running.values():
+            dvc.end()
+    return failed
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.sweep", description="Run every combination of settings.")
+    parser.add_argument("-S", "--set-param", action="append", required=True, metavar="KEY=VALUE,VALUE")
+    parser.add_argument("-j", "--jobs", type=int, metavar="N", help="experiments at once; never two on one GPU")
+    options = parser.parse_args(arguments)
+    if options.jobs is not None and options.jobs < 1:
+        raise Refusal(f"--jobs {options.jobs}: at least 1")
+    params = load(PARAMS)
+    trials = combinations(options.set_param)
+    where = places(params.machine, options.jobs)
+    refuse_uncommitted()
+    head = git("rev-parse", "HEAD")
+    with alone():
+        shutil.rmtree(FOLDER / "trees", ignore_errors=True)  # of a sweep that was killed
+        waiting = [trial for trial in trials if found(head, trial) is None]
+        on = f", on {len(where)} GPU{'s' * (len(where) > 1)}" if where[0] else ""
+        say(f"{len(trials)} experiments{on}; {len(trials) - len(waiting)} are done already")
+        failed = {}
+        if waiting:
+            run_shared(list(trials[0].values), head)
+            failed = run_all(waiting, len(trials), head, where)
+        commits = {trial.name: found(head, trial) for trial in trials}
+        finished = {trial.name: (trial.values, commits[trial.name]) for trial in trials if commits[trial.name]}
+        if finished:
+            sweep_page.write(PAGE, params, head, finished, failed)
+            say(f"{PAGE} compares them; dvc exp show lists them")
+    if failed:
+        say(f"{len(failed)} of {len(trials)} failed; type the same command again to run them again:")
+        for one, line in failed.items():
+            say(f"  {one}: {line}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
