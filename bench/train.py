@@ -168,7 +168,15 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
         )
     )
     lora = Lora(
-        r=16, alpha=16.0, dropout=0.0, target_modules="all-linear", method="lora", init="default", quantize=quantize
+        r=16,
+        alpha=16.0,
+        dropout=0.0,
+        target_modules="all-linear",
+        method="lora",
+        init="default",
+        quantize=quantize,
+        trainable_tokens=[],
+        modules_to_save=[],
     )
     adapted = add_adapters(load_model(folder, machine.device, machine.dtype, quantize=quantize), lora, 0)
     fuse(adapted)
@@ -181,11 +189,14 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
         order="shuffled",
         learning_rate=1e-4,
         lora_plus_ratio=1.0,
+        optimizer="adamw",
         schedule="constant",
         warmup_ratio=0.0,
         weight_decay=0.0,
         max_grad_norm=1.0,
         validations=1,
+        early_stopping=None,
+        keep="last",
         seed=0,
     )
     scratch = tempfile.mkdtemp()

@@ -16,11 +16,12 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from stages import timing
-from stages.models.load import load_model, packed_logits, round_to_nf4
+from stages.models.load import load_model, packed_logits
 from stages.models.lora import load_adapter
 from stages.models.machine import Resolved, resolve
 from stages.models.merging import Uncovered, give_buffers, plan, read_weights, write_merged
 from stages.models.packs import pack
+from stages.models.quantized import round_weights
 from stages.models.streamed import in_step
 from stages.outputs import new_folder, write_json
 from stages.params import load
@@ -84,7 +85,7 @@ def merge(model: PreTrainedModel, adapter: Path, quantize: str | None) -> PreTra
     """The plain model with the adapter's product added to its weights; with `quantize`, to the values that these had
     while the adapter was trained on them quantized."""
     if quantize:
-        round_to_nf4(model)
+        round_weights(model, quantize)
     return load_adapter(model, adapter).merge_and_unload(safe_merge=True)
 
 

@@ -127,13 +127,17 @@ class Lora(Section):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
     method: Literal["lora", "rslora", "dora"]
     init: Literal["default", "gaussian", "pissa", "olora"]
-    quantize: Literal["nf4"] | None
+    quantize: Literal["nf4", "int8"] | None
+    trainable_tokens: list[str]
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]]
 
     @model_validator(mode="after")
     def _together(self):
         if self.init in ("pissa", "olora") and (self.method != "lora" or self.quantize):
             # they change the base's weights, and what is saved is the difference: twice the rank, and plain LoRA
             raise ValueError(f"init {self.init} goes with method lora and quantize null alone; set one of them so")
+        if self.trainable_tokens and self.modules_to_save:
+            raise ValueError("trainable_tokens are rows of what modules_to_save trains whole; empty one of the two")
         return self
 
 
@@ -143,12 +147,24 @@ class Train(Section):
     order: Literal["shuffled", "shared"]
     learning_rate: Annotated[float, Field(gt=0, lt=1)]
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)]
+    optimizer: Literal["adamw", "adamw_8bit"]
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"]
     warmup_ratio: Fraction
     weight_decay: Annotated[float, Field(ge=0, lt=1)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     validations: Count
+    early_stopping: Count | None
+    keep: Literal["last", "best"]
     seed: Seed
+
+    @model_validator(mode="after")
+    def _together(self):
+        if self.early_stopping and self.early_stopping >= self.validations:
+            raise ValueError(
+                f"early_stopping {self.early_stopping} never comes with {self.validations} validations; "
+                "raise validations or lower it"
+            )
+        return self
 
 
 class Merge(Section):
@@ -293,7 +309,8 @@ def _meant(known: list[str], siblings: list[dict], values: dict) -> str:
     unknown = {problem["loc"][-1] for problem in siblings if problem["type"] == "extra_forbidden"}
     missing = [problem["loc"][-1] for problem in siblings if problem["type"] == "missing"]
     there = [name for name in section if name not in unknown]
-    near = [n for names in (missing, there) for n in difflib.get_close_matches(known[-1], names, n=1, cutoff=0.4)]
+    close = [difflib.get_close_matches(known[-1], names, n=1, cutoff=0.4) for names in (missing, there)]
+    near = [*close[0], *(name for name in there if known[-1].startswith(name)), *close[1]]  # rank: r
     if near:
         return f"did you mean {'.'.join([*known[:-1], near[0]])}?"
     return f"take it out; those there are: {', '.join(map(str, [*there, *missing]))}"

@@ -42,11 +42,20 @@ from stages.models.families import family
 from stages.models.graphs import Graphs, compile_pieces, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.fused import fuse
-from stages.models.lora import add_adapters, save_adapter
+from stages.models.lora import add_adapters, embedding_trained, save_adapter, token_ids
 from stages.models.machine import Resolved, resolve
 from stages.models.packs import Pack, pack
+from stages.models.progress import best_step, validation_losses, without_progress
 from stages.models.schedule import schedule
-from stages.models.state import generators, moments, restore_generators, restore_moments, restore_trained, trained
+from stages.models.state import (
+    best,
+    generators,
+    moments,
+    restore_generators,
+    restore_moments,
+    restore_trained,
+    trained,
+)
 from stages.outputs import new_file, new_folder, write_json
 from stages.params import Params, Train, load
 from stages.refusal import Refusal, run
@@ -80,8 +89,9 @@ class Trainer(SFTTrainer):
         """Go on from `saved`, of `run`, if it is there. What TRL saves on its own account goes to `scratch`."""
         self.rows, self.validation_rows = rows, validation_rows
         self.tokens_per_pack = machine.tokens_per_pack
-        self.lora_plus_ratio = train.lora_plus_ratio
+        self.settings = train
         self.history: list[dict] = []
+        self.best: dict[str, torch.Tensor] = {}  # the adapters at the best validation, with train.keep: best
         self.watch = Watch(self)
         self.planned = schedule(rows, train.batch_size, train.epochs, train.seed, train.order)
         self.done = saved.step if saved else 0  # steps that an earlier process made
@@ -100,18 +110,20 @@ class Trainer(SFTTrainer):
         if saved:
             restore_trained(model, saved.tensors)
             self.history = saved.state["history"]
+            self.best = best(saved.tensors)
         self.graphs = None
-        if takes_flash(model.get_base_model()) and family(model.get_base_model()).recorded:
+        base = model.get_base_model()
+        if takes_flash(base) and family(base).recorded and not embedding_trained(model):
             own_gradients(model)
-            self.graphs = Graphs(model.get_base_model(), rows)
+            self.graphs = Graphs(base, rows)
         self.remove_callback(PrinterCallback)  # Watch prints the same figures, in one line
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """With train.lora_plus_ratio, LoRA+ (Hayou et al. 2024): B's learning rate so many times A's."""
-        if self.lora_plus_ratio == 1:
+        if self.settings.lora_plus_ratio == 1:
             return super().create_optimizer(model)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        options |= {"loraplus_lr_ratio": self.lora_plus_ratio, "loraplus_weight_decay": self.args.weight_decay}
+        options |= {"loraplus_lr_ratio": self.settings.lora_plus_ratio, "loraplus_weight_decay": self.args.weight_decay}
         self.optimizer = create_loraplus_optimizer(self.model, kind, **options)
         return self.optimizer
 
@@ -161,7 +173,16 @@ class Trainer(SFTTrainer):
         self.history.append({"step": self.state.global_step, "validation_loss": loss})
         metrics = {"eval_loss": loss}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.settings.keep == "best" and not without_progress(self.history):
+            self.best = {name: value.to("cpu", copy=True) for name, value in trained(self.model).items()}
+        self.control.should_training_stop |= self.stalled
         return metrics
+
+    @property
+    def stalled(self) -> bool:
+        """Whether train.early_stopping ends the training here."""
+        patience = self.settings.early_stopping
+        return patience is not None and without_progress(self.history) >= patience
 
 
 BEHIND = {"cpu": 0, "cuda": 2}  # steps that are not read yet
@@ -273,6 +294,7 @@ class Keeper(TrainerCallback):
                     state.global_step,
                     {
                         **trained(self.trainer.model),
+                        **{f"best.{name}": value for name, value in self.trainer.best.items()},
                         **moments(self.trainer.optimizer),
                         **generators(args.device),
                     },
@@ -331,6 +353,13 @@ def memory_gib(device: torch.device) -> float:
     return timing.peak_gib()
 
 
+# as transformers calls them; what bitsandbytes pages, it pages between GPU and CPU
+OPTIMIZERS = {
+    "adamw": {"cpu": "adamw_torch", "cuda": "adamw_torch_fused"},
+    "adamw_8bit": {"cpu": "adamw_8bit", "cuda": "paged_adamw_8bit"},
+}
+
+
 def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> SFTConfig:
     """TRL's arguments; what they save goes to `scratch`."""
     arguments = SFTConfig(
@@ -344,7 +373,7 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
         warmup_steps=math.ceil(train.warmup_ratio * steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        optim="adamw_torch_fused" if machine.device == "cuda" else "adamw_torch",
+        optim=OPTIMIZERS[train.optimizer][machine.device],
         seed=train.seed,
         bf16=False,  # the model is in its format already; autocast would cast every weight again
         use_cpu=machine.device == "cpu",
@@ -417,15 +446,16 @@ def main(arguments: list[str]) -> None:
             pyarrow.parquet.read_table(path).to_pylist() for path in (train_tokens, validation_tokens)
         )
         model = load_model(base, machine.device, machine.dtype, quantize=params.lora.quantize)
-        model = add_adapters(model, params.lora, params.train.seed)
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        tokens = token_ids(tokenizer, params.lora.trainable_tokens)
+        model = add_adapters(model, params.lora, params.train.seed, tokens)
         fuse(model)
         if machine.device == "cuda":
             compile_pieces(model.get_base_model())
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         trainer = Trainer(model, tokenizer, params.train, machine, rows, validation_rows, scratch, run, saved)
         if saved:
             print(f"going on after step {trainer.done} of {len(trainer.planned)}", file=sys.stderr)
-        if trainer.done < len(trainer.planned):
+        if not (saved and saved.state["finished"]):
             finish(trainer, run)
             record_timing(trainer, machine, began)
         write_outputs(trainer, out, metrics, curve)
@@ -436,11 +466,13 @@ def main(arguments: list[str]) -> None:
 def finish(trainer: Trainer, run: Run) -> None:
     """Train what is left to train, measure, and keep the result."""
     trainer.train()
-    steps, history = len(trainer.planned), trainer.history
-    if trainer.state.global_step != steps:
-        raise Refusal(f"training ended at step {trainer.state.global_step} of {steps}; run it again")
+    steps, history = trainer.state.global_step, trainer.history
+    if steps != len(trainer.planned) and not trainer.stalled:
+        raise Refusal(f"training ended at step {steps} of {len(trainer.planned)}; run it again")
     if "validation_loss" not in history[-1]:
         trainer.evaluate()
+    if trainer.best:
+        restore_trained(trainer.model, trainer.best)
     state = {"history": history, "dtype": dtype_name(trainer.model.dtype), "finished": True}
     run.save(Checkpoint(steps, trained(trainer.model), state))
 
@@ -453,12 +485,16 @@ def write_outputs(trainer: Trainer, out: Path, metrics: Path, curve: Path) -> No
         partial.write_bytes(curve_of(history).encode())
     losses = [point["loss"] for point in history if "loss" in point]
     last = losses[-max(1, len(losses) // 10) :]
+    steps = history[-1]["step"]
+    kept = best_step(history) if trainer.settings.keep == "best" else steps
     write_json(
         metrics,
         {
-            "steps": len(trainer.planned),
+            "steps": steps,
+            "kept_step": kept,
+            "ended": "early: no progress" if steps < len(trainer.planned) else "as planned",
             "train_loss": round(sum(last) / len(last), 6),
-            "validation_loss": round(history[-1]["validation_loss"], 6),
+            "validation_loss": round(validation_losses(history)[kept], 6),
             "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         },
     )

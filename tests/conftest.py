@@ -18,6 +18,17 @@ TEXTS = [
     "Quote: What we have to learn to do, we learn by doing.\nAuthor: Aristotle",
     "singer(singer_id, name, country)\n\nHow many singers are there? SELECT COUNT(*) FROM singer",
 ]
+LORA = {
+    "r": 4,
+    "alpha": 8.0,
+    "dropout": 0.0,
+    "target_modules": "all-linear",
+    "method": "lora",
+    "init": "default",
+    "quantize": None,
+    "trainable_tokens": [],
+    "modules_to_save": [],
+}
 
 
 def write_params(folder: Path, **overrides: Any) -> Path:

@@ -332,8 +332,8 @@ VALUES = [
     (
         "lora.zzz",
         1,
-        "lora.zzz is not a parameter; take it out; those there are: alpha, dropout, init, method, quantize, r, "
-        "target_modules",
+        "lora.zzz is not a parameter; take it out; those there are: alpha, dropout, init, method, modules_to_save, "
+        "quantize, r, target_modules, trainable_tokens",
     ),
     (
         "lora.init",
@@ -341,6 +341,23 @@ VALUES = [
         "lora.init is the text 'pissa!'; it should be 'default', 'gaussian', 'pissa' or 'olora'",
     ),
     ("lora.method", "adalora", "lora.method is the text 'adalora'; it should be 'lora', 'rslora' or 'dora'"),
+    ("lora.quantize", "int4", "lora.quantize is the text 'int4'; it should be 'nf4' or 'int8'"),
+    ("lora.quantize", 8, "lora.quantize is 8; it should be "),
+    (
+        "lora.modules_to_save",
+        ["lm_head", "norm"],
+        "lora.modules_to_save.1 is the text 'norm'; it should be 'embed_tokens' or 'lm_head'",
+    ),
+    ("lora.trainable_tokens", "<eos>", "lora.trainable_tokens is the text '<eos>'; it should be a list"),
+    ("lora.trainable_tokens", [107], "lora.trainable_tokens.0 is 107; it should be text"),
+    ("train.optimizer", "adam", "train.optimizer is the text 'adam'; it should be 'adamw' or 'adamw_8bit'"),
+    ("train.keep", "first", "train.keep is the text 'first'; it should be 'last' or 'best'"),
+    ("train.early_stopping", 0, "train.early_stopping is 0; it should be at least 1"),
+    (
+        "train.early_stopping",
+        4,
+        "train: early_stopping 4 never comes with 4 validations; raise validations or lower it",
+    ),
     ("train.lora_plus_ratio", 0.5, "train.lora_plus_ratio is 0.5; it should be at least 1"),
     ("task.columns.qestion", "q", "task.columns.qestion is not a parameter; did you mean task.columns.question?"),
     ("lora.r", "sixteen", "lora.r is the text 'sixteen'; it should be a whole number"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import write_tiny_model
+from conftest import LORA, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.conversation import Message, conversation
@@ -15,7 +15,6 @@ from stages.refusal import Refusal
 from tools import chat
 
 MACHINE = {"machine.device": "cpu", "machine.dtype": "float32", "machine.devices": 1}
-LORA = Lora(r=4, alpha=64.0, dropout=0.0, target_modules="all-linear", method="lora", init="default", quantize=None)
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def models(tmp_path, tiny_model, params_file, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "models/base").symlink_to(tiny_model)
     write_tiny_model(tmp_path / "models/merged", seed=1)
-    adapted = add_adapters(load_model(tiny_model, "cpu", torch.float32), LORA, seed=0)
+    adapted = add_adapters(load_model(tiny_model, "cpu", torch.float32), Lora(**LORA | {"alpha": 64.0}), seed=0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)

@@ -23,7 +23,7 @@ from stages.params import Lora
 from stages.params import load as load_params
 from stages.refusal import Refusal
 from tests import tiny_families
-from tests.conftest import write_params
+from tests.conftest import LORA, write_params
 
 TOPICS = ("birds", "ships", "stones", "clouds", "rivers", "roads", "songs", "trees")
 TERMINATOR = {"llama2": "</s>", "llama3": "<|eot_id|>", "qwen2": "<|im_end|>"}
@@ -231,6 +231,7 @@ def test_4_bit_values_are_the_language_models_alone(ran):
         ("gemma2", {"lora.method": "rslora", "lora.init": "gaussian"}),
         ("gemma3n", {"lora.init": "pissa"}),
         ("llama2", {"lora.init": "olora"}),
+        ("llama3", {"lora.quantize": "int8"}),
     ],
 )
 def test_other_methods_and_beginnings_of_lora_are_trained_and_merged(name, changed, tmp_path):
@@ -239,15 +240,50 @@ def test_other_methods_and_beginnings_of_lora_are_trained_and_merged(name, chang
     assert ran.read("metrics/tuned.json")["loss"] < 0.5 * ran.read("metrics/base.json")["loss"]
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("gemma2", {"lora.trainable_tokens": ["<end_of_turn>", "<start_of_turn>"]}),
+        ("gemma3", {"lora.modules_to_save": ["lm_head", "embed_tokens"], "lora.quantize": "nf4"}),
+        ("gemma3n", {"lora.modules_to_save": ["lm_head"]}),
+        ("gemma3n", {"lora.trainable_tokens": ["<end_of_turn>"]}),
+        ("llama2", {"lora.modules_to_save": ["lm_head", "embed_tokens"]}),
+        ("llama2", {"lora.modules_to_save": ["lm_head"], "train.keep": "best", "train.validations": 3}),
+        ("llama3", {"lora.trainable_tokens": ["<|eot_id|>"], "lora.method": "dora"}),
+    ],
+)
+def test_embedding_and_head_are_trained_and_merged_and_stay_one_matrix_where_they_were(name, changed, tmp_path):
+    ran = run(name, tmp_path, **changed)
+    assert ran.read("metrics/merge.json")["max_kl"] < 1e-3
+    assert ran.read("metrics/tuned.json")["loss"] < 0.5 * ran.read("metrics/base.json")["loss"]
+    base, merged = ran.plain("base"), ran.plain("merged")
+    tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    assert tied == (name not in ("llama2", "llama3"))
+    assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
+    assert merged.config.tie_word_embeddings == base.config.tie_word_embeddings
+    old, new = (load_file(ran.folder / path / "model.safetensors") for path in ("models/own/toy", "models/merged"))
+    assert old.keys() == new.keys()
+    tokenizer = AutoTokenizer.from_pretrained(ran.folder / "models/base")
+    tokens = tokenizer.convert_tokens_to_ids(changed.get("lora.trainable_tokens", []))
+    for place in ("embed_tokens", "lm_head"):
+        before, after = (
+            (one.get_input_embeddings() if place == "embed_tokens" else one.get_output_embeddings()).weight
+            for one in (base, merged)
+        )
+        rows = {row for row in range(len(before)) if not torch.equal(before[row], after[row])}
+        if tokens:
+            assert rows == set(tokens)
+        else:
+            assert bool(rows) == (tied or place in changed["lora.modules_to_save"])
+
+
 # what no test tries, and what is left out of targets
 
 
 def test_targets_that_stand_in_the_image_tower_too_are_adapted_in_the_language_model_alone(tmp_path):
     tiny_families.write("gemma3", tmp_path)
     model = load_model(tmp_path, "cpu", torch.float32)
-    lora = Lora(
-        r=2, alpha=2.0, dropout=0.0, target_modules=["q_proj", "v_proj"], method="lora", init="default", quantize=None
-    )
+    lora = Lora(**LORA | {"target_modules": ["q_proj", "v_proj"]})
     names = [name for name, _ in add_adapters(model, lora, 0).named_parameters() if "lora_A" in name]
     assert len(names) == 6 and all(".language_model.layers." in name for name in names)
 
@@ -256,7 +292,7 @@ def test_targets_that_stand_in_the_image_tower_too_are_adapted_in_the_language_m
 def test_a_target_that_is_not_in_the_language_model_is_refused_by_name(wanted, tmp_path):
     tiny_families.write("gemma3n", tmp_path)
     model = load_model(tmp_path, "cpu", torch.float32)
-    lora = Lora(r=2, alpha=2.0, dropout=0.0, target_modules=wanted, method="lora", init="default", quantize=None)
+    lora = Lora(**LORA | {"target_modules": wanted})
     with pytest.raises(
         Refusal, match=rf"target_modules '{wanted[-1]}' matches nothing; there are: down_proj, gate_proj"
     ):

@@ -11,6 +11,7 @@ from stages.models.load import load_model, pack_loss
 from stages.models.lora import add_adapters
 from stages.models.packs import IGNORED, pack
 from stages.params import Lora
+from tests.conftest import LORA
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -26,12 +27,10 @@ def rows(count: int, shared: int, chance: random.Random) -> list[dict]:
     return made
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 @pytest.mark.parametrize("shared", [0, 60])
 def test_several_packs_of_one_size_give_the_gradients_of_the_unrecorded_pass(tiny_model, shared, quantize):
-    lora = Lora(
-        r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", method="lora", init="default", quantize=quantize
-    )
+    lora = Lora(**LORA | {"quantize": quantize})
     chance = random.Random(0)
     packs = [pack(rows(6, shared, chance), 10_000)[0] for _ in range(4)]
     found = []

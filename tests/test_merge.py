@@ -16,8 +16,8 @@ from stages.models.load import load_model
 from stages.models.lora import add_adapters, load_adapter, save_adapter
 from stages.params import Lora
 from stages.refusal import Refusal
+from tests.conftest import LORA
 
-LORA = Lora(r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", method="lora", init="default", quantize=None)
 MACHINE = {
     "machine.device": "cpu",
     "machine.devices": 1,
@@ -31,7 +31,7 @@ MACHINE = {
 def adapter(tiny_model, tmp_path_factory) -> Path:
     """An adapter that changes the model visibly: fresh ones begin with B = 0, which changes nothing."""
     folder = tmp_path_factory.mktemp("lora") / "adapter"
-    model = add_adapters(load_model(tiny_model, "cpu", torch.float32), LORA, seed=0)
+    model = add_adapters(load_model(tiny_model, "cpu", torch.float32), Lora(**LORA), seed=0)
     draw = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

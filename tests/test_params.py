@@ -156,7 +156,15 @@ def test_params_are_read_in_no_time_and_without_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("other", [{"lora.method": "dora"}, {"lora.quantize": "nf4"}])
+@pytest.mark.parametrize("other", [{"lora.method": "dora"}, {"lora.quantize": "nf4"}, {"lora.quantize": "int8"}])
 def test_a_beginning_from_the_weights_goes_with_plain_lora_on_weights_as_they_are(other, params_file, tmp_path):
     with pytest.raises(Refusal, match=r"params.yaml: lora: init pissa goes with method lora and quantize null alone; "):
         load(params_file(tmp_path, **{"lora.init": "pissa"} | other))
+
+
+def test_tokens_are_not_trained_of_what_is_trained_whole(params_file, tmp_path):
+    both = {"lora.trainable_tokens": ["<eos>"], "lora.modules_to_save": ["lm_head"]}
+    with pytest.raises(Refusal, match=r"params.yaml: lora: trainable_tokens are rows of what modules_to_save trains "):
+        load(params_file(tmp_path, **both))
+    for key, value in both.items():
+        load(params_file(tmp_path, **{key: value}))

@@ -183,7 +183,8 @@ data: {fetch: {source: path, path: data/own/rows.jsonl, sha256: null}, license: 
 task: {name: text_to_sql, rows: rows.jsonl, schemas: null, columns: {question: question, query: sql, schema: context},
   schema_as: ddl, instances: 2, seed: 0, unusable: refuse}
 prepare: {group_by: query, validation: 0.2, test: 0.25, rows: null, seed: 1}
-lora: {r: 4, alpha: 8, dropout: 0.0, target_modules: all-linear, method: lora, init: default, quantize: null}
+lora: {r: 4, alpha: 8, dropout: 0.0, target_modules: all-linear, method: lora, init: default, quantize: null,
+  trainable_tokens: [], modules_to_save: []}
 merge: {onto: trained, max_shard_size: 2GB, rows: 4, max_kl: 0.5}
 evaluate: {rows: null, shots: 2, max_new_tokens: 4}
 """

@@ -108,7 +108,8 @@ def write_inputs(folder: Path, task: dict | None = None, **answers_fields) -> li
     write(folder / "tokens.json", counts)
     write(folder / "data.json", {**counts, "unusable": 4, "duplicates": 17, "asked_twice": 3, "leaks": 0})
     losses = {"train_loss": 0.5, "validation_loss": 0.625}
-    write(folder / "train.json", {"steps": 40, "trainable_parameters": 3796992, **losses})
+    ended = {"steps": 40, "kept_step": 40, "ended": "as planned"}
+    write(folder / "train.json", {**ended, "trainable_parameters": 3796992, **losses})
     write(folder / "merge.json", {"rows": 16, "greedy_agreement": 0.998, "max_kl": 0.0123, "mean_kl": 0.0004})
     lines = [f"{step},{2 / step},,0.001,1.0" for step in range(1, 41)] + ["20,,0.7,,", "40,,0.625,,"]
     (folder / "loss.csv").write_text("\n".join(["step,loss,validation_loss,learning_rate,gradient_norm", *lines, ""]))
@@ -312,6 +313,16 @@ def test_a_run_without_validation_has_a_curve_still(make, tmp_path):
     arguments = write_inputs(tmp_path)
     (tmp_path / "loss.csv").write_text("step,loss,validation_loss\n1,2.5,\n")
     assert "<svg" in make(arguments)
+
+
+def test_the_page_says_which_steps_adapter_it_is_and_that_training_ended_early(make, tmp_path):
+    arguments = write_inputs(tmp_path)
+    text = Page(make(arguments)).text
+    assert "training loss is 0.500 and the validation loss 0.625 nats" in text and "ended early" not in text
+    change(tmp_path / "train.json", kept_step=20, ended="early: no progress")
+    text = Page(make(arguments)).text
+    assert "3,796,992 trainable parameters, ended early since the validation loss fell no further." in text
+    assert "The adapter is that of step 20, where the validation loss was lowest: 0.625." in text
 
 
 def test_answers_to_different_rows_are_refused_and_the_old_page_stays(make, tmp_path):

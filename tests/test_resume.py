@@ -17,8 +17,8 @@ import torch
 
 from stages.models.checkpoints import Checkpoint, Run, _read, opened
 from tests import forkserver
-from tests.conftest import ROOT, write_params, write_tiny_model
-from tests.test_train import LORA, write_tokens
+from tests.conftest import LORA, ROOT, write_params, write_tiny_model
+from tests.test_train import write_tokens
 
 # Runs the stage and kills it with SIGKILL, at the step or inside of the checkpoint that its first argument says.
 DRIVER = """
@@ -208,6 +208,11 @@ def test_a_training_killed_at_a_step_goes_on_there_and_gives_the_same_bytes(plac
         {"lora.dropout": 0.0, "machine.tokens_per_pack": 300, "train.weight_decay": 0.1},
         {"train.schedule": "linear", "train.warmup_ratio": 0.7, "train.order": "shuffled"},
         {"machine.dtype": "auto"},
+        {"lora.r": 128, "train.optimizer": "adamw_8bit"},
+        {"train.keep": "best", "train.validations": 6, "train.learning_rate": 0.05},  # the best is step 2
+        {"train.early_stopping": 4, "train.validations": 6, "train.learning_rate": 0.05},  # ends at step 10
+        {"lora.trainable_tokens": ["<end_of_turn>"], "lora.quantize": "int8"},
+        {"lora.modules_to_save": ["lm_head"], "machine.dtype": "bfloat16", "train.optimizer": "adamw_8bit"},
     ],
 )
 def test_whatever_the_settings_a_training_killed_twice_gives_the_same_bytes(place, settings):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import random
 import shutil
 import types
@@ -22,16 +23,7 @@ from stages.models.lora import add_adapters, load_adapter
 from stages.models.packs import IGNORED, pack
 from stages.params import Lora
 from stages.refusal import Refusal
-
-LORA = {
-    "r": 4,
-    "alpha": 8.0,
-    "dropout": 0.0,
-    "target_modules": "all-linear",
-    "method": "lora",
-    "init": "default",
-    "quantize": None,
-}
+from tests.conftest import LORA
 
 
 def write_tokens(path, count: int, seed: int) -> list[dict]:
@@ -70,9 +62,29 @@ def trained(tmp_path, monkeypatch, tiny_model, params_file):
     return run
 
 
-def curve(folder) -> list[float]:
+def curve(folder, column: str = "loss") -> list[float]:
     with (folder / "loss.csv").open() as file:
-        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+
+
+def validations(folder) -> dict[int, float]:
+    with (folder / "loss.csv").open() as file:
+        return {
+            int(row["step"]): float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]
+        }
+
+
+def said(folder) -> dict:
+    return json.loads((folder / "train.json").read_text())
+
+
+def loss_of_what_was_saved(folder, base) -> float:
+    """The validation loss, in nats a token, of the plain base with the folder's adapter as PEFT puts it on."""
+    rows = pyarrow.parquet.read_table(folder.parent / "validation.parquet").to_pylist()
+    tuned = load_adapter(load_model(base, "cpu", torch.float32), folder / "adapter").get_base_model()
+    with torch.no_grad():
+        loss = sum(float(pack_loss(tuned, piece)) for piece in pack(rows, 300))
+    return loss / sum(label != IGNORED for row in rows for label in row["labels"])
 
 
 def test_two_runs_give_the_same_bytes(trained):
@@ -99,19 +111,18 @@ def test_another_seed_gives_another_adapter(trained):
 
 def test_the_metrics_say_what_was_trained(trained):
     folder = trained("run")
-    metrics = json.loads((folder / "train.json").read_text())
+    metrics = said(folder)
     adapter = load_file(folder / "adapter/adapter_model.safetensors")
     assert metrics["steps"] == len(curve(folder)) == 6
     assert metrics["trainable_parameters"] == sum(weight.numel() for weight in adapter.values())
-    assert metrics["validation_loss"] > 0
+    assert metrics["validation_loss"] == pytest.approx(validations(folder)[6], abs=1e-6)
+    assert (metrics["kept_step"], metrics["ended"]) == (6, "as planned")
     assert not {"seconds", "tokens_per_second", "peak_gib"} & set(metrics)
     assert json.loads((folder / "metrics/timing.json").read_text())["train"]["tokens_per_second"] > 0
 
 
 def test_the_validation_loss_is_measured_as_often_as_asked_and_last_at_the_end(trained):
-    with (trained("run") / "loss.csv").open() as file:
-        measured = [int(row["step"]) for row in csv.DictReader(file) if row["validation_loss"]]
-    assert measured == [2, 4, 6]
+    assert list(validations(trained("run"))) == [2, 4, 6]
 
 
 def test_the_adapters_configuration_is_sorted_and_names_no_path_of_this_machine(trained, tmp_path):
@@ -281,23 +292,143 @@ def test_another_method_or_another_beginning_trains_another_adapter_that_peft_kn
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_an_adapter_that_begins_from_the_weights_is_saved_for_the_base_as_it_is(init, trained, tiny_model, tmp_path):
+def test_an_adapter_that_begins_from_the_weights_is_saved_for_the_base_as_it_is(init, trained, tiny_model):
     folder = trained("run", **{"lora.init": init, "lora.r": 4})
     again = trained("again", **{"lora.init": init, "lora.r": 4})
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (folder / "adapter" / name).read_bytes() == (again / "adapter" / name).read_bytes()
     config = json.loads((folder / "adapter/adapter_config.json").read_text())
     assert (config["init_lora_weights"], config["r"]) == (True, 8)
-    plain = load_model(tiny_model, "cpu", torch.float32)
-    rows = pyarrow.parquet.read_table(tmp_path / "validation.parquet").to_pylist()
-    tuned = load_adapter(plain, folder / "adapter").get_base_model()
-    with torch.no_grad():
-        loss = sum(float(pack_loss(tuned, piece)) for piece in pack(rows, 300))
-    supervised = sum(label != IGNORED for row in rows for label in row["labels"])
-    said = json.loads((folder / "train.json").read_text())["validation_loss"]
-    assert loss / supervised == pytest.approx(said, rel=1e-4)
+    assert loss_of_what_was_saved(folder, tiny_model) == pytest.approx(said(folder)["validation_loss"], rel=1e-4)
 
 
 def test_with_a_ratio_the_matrices_that_begin_at_zero_learn_so_many_times_faster(trained):
     plain, fast = added(trained("plain")), added(trained("fast", **{"train.lora_plus_ratio": 16.0}))
     assert all(fast[name].norm() > 2 * plain[name].norm() for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("changed", "rates"),
+    [
+        ({"schedule": "constant"}, [0.01] * 6),
+        ({"schedule": "constant_with_warmup", "warmup_ratio": 0.5}, [0, 0.01 / 3, 0.02 / 3, 0.01, 0.01, 0.01]),
+        ({"schedule": "linear", "warmup_ratio": 0.3}, [0, 0.005, 0.01, 0.0075, 0.005, 0.0025]),
+        ({"schedule": "cosine", "warmup_ratio": 0.0}, [0.005 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]),
+    ],
+    ids=lambda value: value.get("schedule") if isinstance(value, dict) else "",
+)
+def test_the_learning_rate_follows_the_schedule(changed, rates, trained):
+    folder = trained("run", **{f"train.{key}": value for key, value in changed.items()})
+    assert curve(folder, "learning_rate") == pytest.approx(rates)
+
+
+TURNING = {"train.validations": 12, "train.epochs": 6.0, "train.learning_rate": 0.05}  # lowest at step 9 of 36
+
+
+def test_the_best_adapter_is_kept_where_asked_and_else_the_last(trained, tiny_model):
+    last, best = trained("last", **TURNING), trained("best", **TURNING, **{"train.keep": "best"})
+    assert (last / "loss.csv").read_bytes() == (best / "loss.csv").read_bytes()
+    losses = validations(best)
+    assert said(last)["kept_step"] == 36 and said(last)["steps"] == said(best)["steps"] == 36
+    assert said(best)["kept_step"] == min(losses, key=losses.__getitem__) < 36
+    for folder in (last, best):
+        loss = losses[said(folder)["kept_step"]]
+        assert said(folder)["validation_loss"] == pytest.approx(loss, abs=1e-6)
+        assert loss_of_what_was_saved(folder, tiny_model) == pytest.approx(loss, rel=1e-5)
+    assert said(best)["validation_loss"] < said(last)["validation_loss"]
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_training_without_progress_ends_early_on_the_curve_of_the_whole_one(keep, trained, tiny_model):
+    whole = trained("whole", **TURNING)
+    folder = trained("early", **TURNING, **{"train.early_stopping": 3, "train.keep": keep})
+    assert list(validations(folder)) == [3, 6, 9, 12, 15, 18]
+    for column in ("loss", "validation_loss", "learning_rate", "gradient_norm"):
+        assert curve(folder, column) == curve(whole, column)[: len(curve(folder, column))]
+    assert (said(folder)["steps"], said(folder)["ended"]) == (18, "early: no progress")
+    assert said(folder)["kept_step"] == (9 if keep == "best" else 18)
+    assert loss_of_what_was_saved(folder, tiny_model) == pytest.approx(said(folder)["validation_loss"], rel=1e-5)
+
+
+def test_a_training_that_makes_progress_is_not_ended(trained):
+    folder = trained("run", **{"train.early_stopping": 1, "train.learning_rate": 1e-3, "train.warmup_ratio": 0.0})
+    losses = list(validations(folder).values())
+    assert losses == sorted(losses, reverse=True)
+    assert (said(folder)["steps"], said(folder)["ended"]) == (6, "as planned")
+
+
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_moments_are_held_in_8_bits_where_asked_and_give_nearly_the_curve_of_32(ratio, trained, monkeypatch):
+    held = []
+    finish = train.finish
+
+    def look(trainer, run):
+        finish(trainer, run)
+        states = trainer.optimizer.state.items()
+        held.append(
+            {
+                (weight.numel() >= 4096, state[name].dtype)
+                for weight, state in states
+                for name in ("state1", "exp_avg", "state2", "exp_avg_sq")
+                if name in state
+            }
+        )
+
+    monkeypatch.setattr(train, "finish", look)
+    changed = {"lora.r": 128, "train.lora_plus_ratio": ratio}
+    plain, small = (trained(name, **changed, **{"train.optimizer": name}) for name in ("adamw", "adamw_8bit"))
+    assert held == [
+        {(True, torch.float32), (False, torch.float32)},
+        {(True, torch.uint8), (False, torch.float32)},  # bitsandbytes leaves small weights their 32 bits
+    ]
+    assert curve(small) != curve(plain)
+    assert curve(small) == pytest.approx(curve(plain), rel=1e-3)
+
+
+def test_the_ratio_is_that_of_learning_rates_whatever_the_optimizer(trained, monkeypatch):
+    rates = []
+    create = train.Trainer.create_optimizer
+
+    def look(self, model=None):
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        made = create(self, model)
+        rates.append(
+            {
+                ("lora_B" in names[id(parameter)], group["lr"])
+                for group in made.param_groups
+                for parameter in group["params"]
+            }
+        )
+        return made
+
+    monkeypatch.setattr(train.Trainer, "create_optimizer", look)
+    for optimizer in ("adamw", "adamw_8bit"):
+        changed = {"train.optimizer": optimizer, "train.lora_plus_ratio": 4.0, "lora.modules_to_save": ["lm_head"]}
+        trained(optimizer, **changed)
+    assert rates == [{(False, 0.01), (True, 0.04)}] * 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_tokens": ["<start_of_turn>"]},
+    ],
+    ids=str,
+)
+def test_an_adapter_with_a_trained_embedding_is_one_that_peft_puts_on_the_base(changed, trained, tiny_model):
+    changed = {f"lora.{key}": value for key, value in changed.items()}
+    folder, plain = trained("run", **changed), trained("plain")
+    assert loss_of_what_was_saved(folder, tiny_model) == pytest.approx(said(folder)["validation_loss"], rel=1e-5)
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert bool(config["modules_to_save"]) == ("lora.modules_to_save" in changed)
+    vocabulary, width = load_model(tiny_model, "cpu", torch.float32).get_input_embeddings().weight.shape
+    more = vocabulary * width if config["modules_to_save"] else width
+    assert said(folder)["trainable_parameters"] == said(plain)["trainable_parameters"] + more
+
+
+def test_a_token_that_the_model_does_not_have_is_refused_before_anything_is_trained(trained, tmp_path):
+    with pytest.raises(Refusal, match=r"lora.trainable_tokens '<tool>' is no token of this model, but "):
+        trained("run", **{"lora.trainable_tokens": ["<tool>"]})
+    assert not (tmp_path / "run/adapter").exists()

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import peft
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from transformers.activations import GELUTanh, SiLUActivation
 
 from stages.models.compiled import any_length
+from stages.models.quantized import dense
 
 
 class _FusedLora(torch.autograd.Function):
@@ -29,7 +29,7 @@ class _FusedLora(torch.autograd.Function):
     def forward(ctx, rows, weight, down, up, scaling: float):
         down, up = down.to(rows.dtype), up.to(rows.dtype)
         inner = rows @ down.T
-        out = (rows @ dense(weight).T).addmm_(inner, up.T, alpha=scaling)
+        out = (rows @ dense(weight, rows.dtype).T).addmm_(inner, up.T, alpha=scaling)
         ctx.save_for_backward(rows, weight, down, up, inner)
         ctx.scaling = scaling
         return out
@@ -40,9 +40,9 @@ class _FusedLora(torch.autograd.Function):
         to_inner = (gradient @ up).mul_(ctx.scaling)
         to_x = None
         if ctx.needs_input_grad[0] and weight.shape[0] < rows.shape[1] and gradient.is_cuda:
-            to_x = torch.cat((gradient, to_inner), dim=1) @ torch.cat((dense(weight), down))
+            to_x = torch.cat((gradient, to_inner), dim=1) @ torch.cat((dense(weight, down.dtype), down))
         elif ctx.needs_input_grad[0]:
-            to_x = (gradient @ dense(weight)).addmm_(to_inner, down)
+            to_x = (gradient @ dense(weight, gradient.dtype)).addmm_(to_inner, down)
         to_up = (gradient.T @ inner).mul_(ctx.scaling)
         return to_x, None, (to_inner.T @ rows).float(), to_up.float(), None
 
@@ -61,12 +61,12 @@ class _WideLora(torch.autograd.Function):
         inner = rows @ down.T
         ctx.save_for_backward(rows, weight, down, up, inner)
         ctx.scaling = scaling
-        return torch.cat((rows, inner), dim=1) @ _beside(weight, up, scaling).T
+        return torch.cat((rows, inner), dim=1) @ _beside(weight, up, scaling, rows.dtype).T
 
     @staticmethod
     def backward(ctx, gradient):
         rows, weight, down, up, inner = ctx.saved_tensors
-        to_both = gradient @ _beside(weight, up, ctx.scaling)
+        to_both = gradient @ _beside(weight, up, ctx.scaling, gradient.dtype)
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
@@ -75,16 +75,9 @@ class _WideLora(torch.autograd.Function):
         return to_x, None, (to_inner.T @ rows).float(), to_up, None
 
 
-def _beside(weight: torch.Tensor, up: torch.Tensor, scaling: float) -> torch.Tensor:
+def _beside(weight: torch.Tensor, up: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
     """[W, s·B]: [out, in + r]."""
-    weight = dense(weight)
-    return torch.cat((weight, (up * scaling).to(weight.dtype)), dim=1)
-
-
-def dense(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as a product takes it: a quantized one de-quantized."""
-    state = getattr(weight, "quant_state", None)
-    return weight if state is None else dequantize_4bit(weight, state)
+    return torch.cat((dense(weight, dtype), (up * scaling).to(dtype)), dim=1)
 
 
 class _GatedLora(torch.autograd.Function):
@@ -96,8 +89,8 @@ class _GatedLora(torch.autograd.Function):
         downs = torch.cat((gate_down, up_down)).to(rows.dtype)
         inner = rows @ downs.T
         both = torch.cat((rows, inner), dim=1)
-        gate = both @ _one_of_two(gate_weight, gate_up, scalings[0], 0, len(up_down)).T
-        up = both @ _one_of_two(up_weight, up_up, scalings[1], len(gate_down), 0).T
+        gate = both @ _one_of_two(gate_weight, gate_up * scalings[0], 0, len(up_down), rows.dtype).T
+        up = both @ _one_of_two(up_weight, up_up * scalings[1], len(gate_down), 0, rows.dtype).T
         ctx.save_for_backward(rows, inner, gate, up, downs, gate_weight, up_weight, gate_up, up_up)
         ctx.scalings, ctx.kind = scalings, kind
         return _of(gated, gate)(gate, up, kind)
@@ -107,8 +100,8 @@ class _GatedLora(torch.autograd.Function):
         rows, inner, gate, up, downs, gate_weight, up_weight, gate_up, up_up = ctx.saved_tensors
         first, second = gate_up.shape[1], up_up.shape[1]
         to_gate, to_up = _of(gated_backward, gradient)(gradient, gate, up, ctx.kind)
-        to_both = to_gate @ _one_of_two(gate_weight, gate_up, ctx.scalings[0], 0, second)
-        to_both.addmm_(to_up, _one_of_two(up_weight, up_up, ctx.scalings[1], first, 0))
+        to_both = to_gate @ _one_of_two(gate_weight, gate_up * ctx.scalings[0], 0, second, rows.dtype)
+        to_both.addmm_(to_up, _one_of_two(up_weight, up_up * ctx.scalings[1], first, 0, rows.dtype))
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
@@ -119,12 +112,11 @@ class _GatedLora(torch.autograd.Function):
         return to_x, None, None, to_downs[:first], to_downs[first:], to_gate_up, to_up_up, None, None
 
 
-def _one_of_two(weight: torch.Tensor, up: torch.Tensor, scaling: float, before: int, after: int) -> torch.Tensor:
-    """[W, s·B]: [out, in + before + r + after], zero where the other layer's x·Aᵀ stands."""
-    weight = dense(weight)
-    up = (up * scaling).to(weight.dtype)
-    others = (weight.new_zeros(len(weight), width) for width in (before, after))
-    return torch.cat((weight, next(others), up, next(others)), dim=1)
+def _one_of_two(weight: torch.Tensor, up: torch.Tensor, before: int, after: int, dtype: torch.dtype) -> torch.Tensor:
+    """[W, B]: [out, in + before + r + after], zero where the other layer's x·Aᵀ stands."""
+    weight = dense(weight, dtype)
+    zeros = weight.new_zeros(len(weight), before + after)
+    return torch.cat((weight, zeros[:, :before], up.to(dtype), zeros[:, before:]), dim=1)
 
 
 class _Gated(torch.autograd.Function):
@@ -188,7 +180,7 @@ def _is_plain(layer: torch.nn.Module | None) -> bool:
     if not isinstance(layer, peft.tuners.lora.LoraLayer) or layer.active_adapters != ["default"]:
         return False
     base, dropout = layer.get_base_layer(), layer.lora_dropout["default"]
-    kinds = (torch.nn.Linear, Linear4bit)
+    kinds = (torch.nn.Linear, Linear4bit, Linear8bitLt)
     return (
         type(base) in kinds and base.bias is None and isinstance(dropout, torch.nn.Identity) and not layer.lora_variant
     )

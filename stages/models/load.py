@@ -2,20 +2,20 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import transformers
-from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from stages.models import towers
 from stages.models.attention import PACKED, takes_flash
-from stages.models.families import FAMILIES, adaptable
+from stages.models.families import FAMILIES
 from stages.models.loss import head_loss
 from stages.models.packs import IGNORED, SHARED_AT_LEAST, Pack, moved, pack
+from stages.models.quantized import multiply_restored, packing, round_weights
 from stages.refusal import Refusal
 
 logging.set_verbosity_error()
@@ -28,14 +28,14 @@ def load_model(
     """The model in `folder`, of the class that its configuration names, in evaluation mode. Only safetensors are read
     and no code of the folder is run.
 
-    quantize: "nf4" lets the language model's linear layers, the head apart, hold the values of NormalFloat4 with double
-    quantization (Dettmers et al. 2023, "QLoRA"): on a GPU in 4.1 bits each, restored layer by layer; on a CPU, which
-    has the room and not the speed, restored once.
+    quantize: "nf4" or "int8" lets the language model's linear layers, the head apart, hold the values that are kept of
+    them in so few bits: on a GPU packed, in 4.1 or 8 bits each, restored layer by layer; on a CPU, which has the room
+    and not the speed, restored once.
 
     Raises Refusal where the model is of a family that no test has tried and packed rows are not right in it.
     """
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    packed = quantize == "nf4" and device.startswith("cuda")
+    packed = bool(quantize) and device.startswith("cuda")
     with towers.unseen(folder, config):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -45,47 +45,15 @@ def load_model(
             trust_remote_code=False,
             local_files_only=True,
             device_map={"": device},
-            quantization_config=_nf4(config, dtype) if packed else None,
+            quantization_config=packing(config, quantize, dtype) if packed else None,
         )
-    if quantize == "nf4" and not packed:
-        round_to_nf4(model)
+    if packed:
+        multiply_restored(model)
+    elif quantize:
+        round_weights(model, quantize)
     if attention == PACKED and device != "meta" and config.model_type not in FAMILIES:
         check_packing(model)
     return model.eval()
-
-
-def _nf4(config: transformers.PretrainedConfig, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
-    with torch.device("meta"):
-        empty = transformers.AutoModelForCausalLM.from_config(config)
-    kept = set(adaptable(empty))
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[n for n, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and n not in kept],
-    )
-
-
-@torch.no_grad()
-def round_to_nf4(model: PreTrainedModel) -> None:
-    """Give each weight of the language model's linear layers, the head apart, the value that nf4 with double
-    quantization keeps."""
-    for module in adaptable(model).values():
-        (value,) = nf4_values([module.weight.data])
-        module.weight.copy_(value)
-
-
-def nf4_values(blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """A weight's blocks of rows with the values that nf4 with double quantization keeps: the scales of each 64 elements
-    are themselves quantized over the weight as a whole. Rows of another multiple than 64 must come as one block."""
-    packed, states = zip(*(quantize_4bit(block, quant_type="nf4") for block in blocks), strict=True)
-    scales = torch.cat([state.absmax for state in states])
-    mean = scales.mean()
-    scales = dequantize_blockwise(*quantize_blockwise(scales - mean, blocksize=256)) + mean
-    for part, state, own in zip(packed, states, scales.split([len(state.absmax) for state in states]), strict=True):
-        state.absmax = own
-        yield dequantize_4bit(part, state)
 
 
 # How far two logits may be apart, as a share of their length: rounding in bfloat16 makes 0.03, a bound on attention's

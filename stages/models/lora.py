@@ -2,10 +2,14 @@
 
 import json
 import tempfile
+import types
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, set_seed
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from stages.models.families import adaptable
 from stages.params import Lora
@@ -16,8 +20,12 @@ CONFIG = "adapter_config.json"
 INIT = {"default": True, "gaussian": "gaussian", "pissa": "pissa_niter_16", "olora": "olora"}
 
 
-def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
+def add_adapters(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence[int] = ()) -> PeftModel:
     """Adapters in float32, whatever the base's format: AdamW's small steps vanish in bfloat16.
+
+    tokens: whose rows of the embedding and of the head are trained too, those of `lora.trainable_tokens`.
+
+    Where embedding and head are one matrix, they stay one: what is trained of one is trained of the other.
 
     Raises Refusal where a name of `lora.target_modules` is that of no linear layer of the language model.
     """
@@ -30,13 +38,61 @@ def add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         use_dora=lora.method == "dora",
         init_lora_weights=INIT[lora.init],
         task_type="CAUSAL_LM",
+        **_words(model, lora.modules_to_save, tokens),
     )
     set_seed(seed)  # before the adapters are drawn: the Trainer seeds too late
     adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.forward = types.MethodType(_in_format, module)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if lora.init in ("pissa", "olora"):  # which took out of the base what they put into the adapters
         adapted.begun_from = tempfile.TemporaryDirectory()
         adapted.save_pretrained(adapted.begun_from.name)
     return adapted
+
+
+def _words(model: PreTrainedModel, whole: Sequence[str], tokens: Sequence[int]) -> dict:
+    """What PEFT's configuration says of embedding and head, by their whole names: others are called alike."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    tied = embedding.weight is head.weight
+    if whole:
+        chosen = [embedding] if tied else [embedding] * ("embed_tokens" in whole) + [head] * ("lm_head" in whole)
+        return {"modules_to_save": [names[module] for module in chosen], "ensure_weight_tying": tied}
+    if tokens:
+        return {
+            "trainable_token_indices": {
+                names[one]: list(tokens) for one in ([embedding] if tied else [embedding, head])
+            }
+        }
+    return {}
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """The numbers of tokens, each once, in order; raises Refusal where a text is not one token."""
+    vocabulary = tokenizer.get_vocab()
+    for text in texts:
+        if text not in vocabulary:
+            pieces = ", ".join(map(repr, tokenizer.tokenize(text)))
+            raise Refusal(
+                f"params.yaml: lora.trainable_tokens {text!r} is no token of this model, but {pieces}; name those"
+            )
+    return sorted({vocabulary[text] for text in texts})
+
+
+def _in_format(wrapper: ModulesToSaveWrapper, x: torch.Tensor) -> torch.Tensor:
+    """Compute with the trained weight as it will be merged, in the base's format."""
+    module = wrapper.modules_to_save["default"]
+    weight = module.weight.to(wrapper.original_module.weight.dtype)
+    return torch.func.functional_call(module, {"weight": weight}, (x,))
+
+
+def embedding_trained(model: PeftModel) -> bool:
+    """Whether the embedding is trained, or some of its rows: PEFT then does what no CUDA graph can record."""
+    return isinstance(model.get_base_model().get_input_embeddings(), AuxiliaryTrainingWrapper)
 
 
 def targets(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:

@@ -4,6 +4,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from stages.models.compiled import any_length
 
@@ -103,7 +104,14 @@ def head_loss(
     """
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
         return _HeadLoss.apply(hidden, head.weight, targets, softcap)
-    logits = head(hidden).float()
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return F.cross_entropy(logits, targets, reduction="none")
+
+    def losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden).float()
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    # a head that is trained; a part's logits are made again on the way back
+    at_once = TOKENS_AT_ONCE[hidden.device.type]
+    parts = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+    return torch.cat([checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])

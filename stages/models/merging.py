@@ -24,7 +24,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from stages.models import towers
 from stages.models.families import adaptable
-from stages.models.load import load_model, nf4_values
+from stages.models.load import load_model
+from stages.models.quantized import as_one_block, kept_values
 from stages.models.shards import DTYPES, Stored, stored, stored_model, write_shard
 from stages.refusal import Refusal
 
@@ -48,7 +49,7 @@ class Plan:
 
     tensors: its own, by their names on the disk, which are those in the files; files: the places of these; sources:
     all places, the adapter's too, by the names in the model; quantized: the names on the disk of the
-    weights that nf4 rounds; layers: for such a name, the adapter's layer and its tensors.
+    weights that are rounded where the base is quantized; layers: for such a name, the adapter's layer and its tensors.
     """
 
     model: PreTrainedModel
@@ -177,12 +178,11 @@ def write_merged(
     def blocks(name: str) -> Iterable[torch.Tensor]:
         place = plan.files[name]
         rounds = quantize and name in plan.quantized
-        # bitsandbytes restores rows that are no multiple of 64 elements otherwise when others stand before them
-        found = [place.tensor()] if rounds and place.shape[-1] % 64 else place.blocks()
+        found = [place.tensor()] if rounds and as_one_block(quantize, place.shape[-1]) else place.blocks()
         if rounds or name in plan.layers:
             found = (block.to(device) for block in found)
         if rounds:
-            found = nf4_values(found)
+            found = kept_values(quantize, found)
         return merged(name, *plan.layers[name], found) if name in plan.layers else found
 
     config = plan.model.config
@@ -221,7 +221,8 @@ def read_weights(plan: Plan, device: str, quantize: str | None) -> Callable[[str
         place = plan.sources[name]
         if place in rounded:
             blocks = (block.to(device, dtype) for block in place.blocks())
-            return torch.cat(list(nf4_values(blocks if place.shape[-1] % 64 == 0 else [torch.cat(list(blocks))])))
+            blocks = [torch.cat(list(blocks))] if as_one_block(quantize, place.shape[-1]) else blocks
+            return torch.cat(list(kept_values(quantize, blocks)))
         return place.mapped().to(device, torch.float32 if place in adapters else dtype)
 
     return read

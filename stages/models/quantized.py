@@ -1,0 +1,111 @@
+"""Weights of fewer bits, by bitsandbytes: packed, as a GPU holds them, or rounded to the values that are kept."""
+
+import types
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+import transformers
+from bitsandbytes.functional import (
+    dequantize_4bit,
+    dequantize_blockwise,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+    quantize_4bit,
+    quantize_blockwise,
+)
+from bitsandbytes.nn import Linear8bitLt
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from stages.models.families import adaptable
+
+
+def packing(config: transformers.PretrainedConfig, quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What lets transformers pack the weights of the language model's linear layers, the head apart, as it loads
+    them."""
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(config)
+    kept = set(adaptable(empty))
+    left_alone = [n for n, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and n not in kept]
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_alone)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=left_alone,
+    )
+
+
+def multiply_restored(model: PreTrainedModel) -> None:
+    """Let layers of 8-bit weights multiply by the restored weight. bitsandbytes' own product rounds its inputs to 8
+    bits too, by way of float16, which those of Gemma 3 overflow; and a merged model does neither."""
+    for layer in model.modules():
+        if type(layer) is Linear8bitLt:
+            layer.forward = types.MethodType(_forward, layer)
+
+
+class _Product(torch.autograd.Function):
+    """x·Wᵀ; W is restored again on the way back, where autograd would keep it."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+        ctx.weight = weight
+        return F.linear(x, dense(weight, x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient @ dense(ctx.weight, gradient.dtype), None
+
+
+def _forward(layer: Linear8bitLt, x: torch.Tensor) -> torch.Tensor:
+    product = _Product.apply(x, layer.weight)
+    return product if layer.bias is None else product + layer.bias
+
+
+def dense(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight as a product takes it: a packed one restored."""
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        return dequantize_4bit(weight, state)
+    if (scales := getattr(weight, "SCB", None)) is not None:
+        return int8_vectorwise_dequant(weight.data, scales).to(dtype)
+    return weight
+
+
+@torch.no_grad()
+def round_weights(model: PreTrainedModel, quantize: str) -> None:
+    """Give each weight of the language model's linear layers, the head apart, the values that `quantize` keeps."""
+    for module in adaptable(model).values():
+        (value,) = kept_values(quantize, [module.weight.data])
+        module.weight.copy_(value)
+
+
+def as_one_block(quantize: str, columns: int) -> bool:
+    """Whether rows of so many elements are rounded otherwise where others stand before them: nf4's 64 go across."""
+    return quantize == "nf4" and columns % 64 != 0
+
+
+def kept_values(quantize: str, blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """A weight's blocks of rows with the values that are kept of them; `as_one_block` says when it must be one."""
+    return nf4_values(blocks) if quantize == "nf4" else int8_values(blocks)
+
+
+def nf4_values(blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """NormalFloat4 with double quantization (Dettmers et al. 2023, "QLoRA"): the scales of each 64 elements are
+    themselves quantized over the weight as a whole."""
+    packed, states = zip(*(quantize_4bit(block, quant_type="nf4") for block in blocks), strict=True)
+    scales = torch.cat([state.absmax for state in states])
+    mean = scales.mean()
+    scales = dequantize_blockwise(*quantize_blockwise(scales - mean, blocksize=256)) + mean
+    for part, state, own in zip(packed, states, scales.split([len(state.absmax) for state in states]), strict=True):
+        state.absmax = own
+        yield dequantize_4bit(part, state)
+
+
+def int8_values(blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Whole multiples of a 127th of the row's largest, taken of the weight in float16 (Dettmers et al. 2022,
+    "LLM.int8()", section 2)."""
+    for block in blocks:
+        values, scales, _ = int8_vectorwise_quant(block.half())
+        yield int8_vectorwise_dequant(values, scales).to(block.dtype)
