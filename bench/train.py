@@ -165,6 +165,7 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
             rows_per_batch="auto",
             engine="batches",
             checkpoint_minutes="auto",
+            report_to=[],
         )
     )
     lora = Lora(

@@ -188,6 +188,7 @@ class Machine(Section):
     rows_per_batch: Literal["auto"] | Count
     engine: Literal["batches", "vllm"]
     checkpoint_minutes: Literal["auto"] | Annotated[float, Field(gt=0, le=10**6)]
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]]
 
 
 class Params(Section):

@@ -26,12 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet
-import pynvml
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -56,6 +54,8 @@ from stages.models.state import (
     restore_trained,
     trained,
 )
+from stages.models.trackers import refuse_missing, started
+from stages.models.watch import Gauges, Telemetry, Watch
 from stages.outputs import new_file, new_folder, write_json
 from stages.params import Params, Train, load
 from stages.refusal import Refusal, run
@@ -92,7 +92,7 @@ class Trainer(SFTTrainer):
         self.settings = train
         self.history: list[dict] = []
         self.best: dict[str, torch.Tensor] = {}  # the adapters at the best validation, with train.keep: best
-        self.watch = Watch(self)
+        self.reader = Reader(self)
         self.planned = schedule(rows, train.batch_size, train.epochs, train.seed, train.order)
         self.done = saved.step if saved else 0  # steps that an earlier process made
         super().__init__(
@@ -102,8 +102,10 @@ class Trainer(SFTTrainer):
             train_dataset=Dataset.from_dict({"rows": self.planned[self.done :] or self.planned}),
             eval_dataset=Dataset.from_dict({"rows": [[]]}),  # unread: evaluate() measures validation_rows
             processing_class=tokenizer,
-            callbacks=[self.watch, Keeper(self, run, saved)],
+            callbacks=[self.reader, Keeper(self, run, saved)],
         )
+        telemetry = Telemetry(**saved.state["telemetry"]) if saved else Telemetry()
+        self.watch = Watch(len(self.planned), self.done, Gauges(self.args.device), telemetry)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # TRL casts adapters of a quantized base to bfloat16
@@ -116,7 +118,7 @@ class Trainer(SFTTrainer):
         if takes_flash(base) and family(base).recorded and not embedding_trained(model):
             own_gradients(model)
             self.graphs = Graphs(base, rows)
-        self.remove_callback(PrinterCallback)  # Watch prints the same figures, in one line
+        self.remove_callback(PrinterCallback)  # Watch shows the same figures
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """With train.lora_plus_ratio, LoRA+ (Hayou et al. 2024): B's learning rate so many times A's."""
@@ -156,7 +158,7 @@ class Trainer(SFTTrainer):
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         norm = super()._clip_grad_norm(model)
-        self.watch.record(self.step_now, self.loss_now, norm, self.optimizer.param_groups[0]["lr"])
+        self.reader.record(self.step_now, self.loss_now, norm, self.optimizer.param_groups[0]["lr"])
         return norm
 
     def floating_point_ops(self, inputs) -> int:
@@ -164,13 +166,14 @@ class Trainer(SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """The mean loss, in nats a supervised token, of all validation rows."""
-        self.watch.read_all()
+        self.reader.read_all()
         self.model.eval()
         losses = row_losses(self.model.get_base_model(), self.validation_rows, self.tokens_per_pack)
         loss = mean_loss(losses.values())
         if not math.isfinite(loss):
             raise Refusal(f"step {self.state.global_step}: the validation loss is {loss}; {ADVICE}")
         self.history.append({"step": self.state.global_step, "validation_loss": loss})
+        self.watch.validated(self.state.global_step, loss)
         metrics = {"eval_loss": loss}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.settings.keep == "best" and not without_progress(self.history):
@@ -199,25 +202,15 @@ class Point:
     learning_rate: float
 
 
-class Watch(TrainerCallback):
-    """The progress line, the loss curve, and the stop at what is not finite."""
+class Reader(TrainerCallback):
+    """Reads what the steps gave into the loss curve and to who watches; stops at what is not finite."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.unread: list[Point] = []
-        self.gauges = Gauges()
-        self.tokens = 0
 
     def on_train_begin(self, args, state, control, **_):
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=self.trainer.done,
-            unit="step",
-            file=sys.stderr,
-            mininterval=1.0,
-            dynamic_ncols=True,
-        )
-        self.began = self.ended = time.monotonic()
+        self.trainer.watch.begin()
 
     def record(self, step: Step, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float) -> None:
         """Take what the step gave, before the optimizer's step; refuse earlier ones that were not finite."""
@@ -238,20 +231,10 @@ class Watch(TrainerCallback):
                     raise Refusal(f"step {point.number}: the {name} is not finite, on rows {rows}; {ADVICE}")
             found = {"step": point.number, "loss": loss, "gradient_norm": norm, "learning_rate": point.learning_rate}
             self.trainer.history.append(found)
-            self.tokens += point.step.tokens
-            self.ended = time.monotonic()
-            rate, memory = self.tokens_per_second, memory_gib(self.trainer.args.device)
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} tokens/s, {memory:.1f} GiB", refresh=False)
-            self.bar.update(1)
-            self.gauges.look(self.trainer.args.device)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(1e-9, self.ended - self.began)
+            self.trainer.watch.made(**found, tokens=point.step.tokens)
 
     def on_train_end(self, args, state, control, **_):
         self.read_all()
-        self.bar.close()
 
 
 class Keeper(TrainerCallback):
@@ -287,7 +270,7 @@ class Keeper(TrainerCallback):
             restore_generators(args.device, self.saved.tensors)
             self.saved = None
         elif self.run.due and state.global_step:
-            self.trainer.watch.read_all()  # what is not finite is not kept
+            self.trainer.reader.read_all()  # what is not finite is not kept
             scheduler = self.trainer.lr_scheduler.state_dict()
             self.run.save(
                 Checkpoint(
@@ -300,6 +283,7 @@ class Keeper(TrainerCallback):
                     },
                     {
                         "history": self.trainer.history,
+                        "telemetry": self.trainer.watch.telemetry.state,
                         "schedule": {key: scheduler[key] for key in ("last_epoch", "_step_count", "_last_lr")},
                         "dtype": dtype_name(self.trainer.model.dtype),
                         "graphs": list(self.trainer.graphs.recorded) if self.trainer.graphs else [],
@@ -311,36 +295,6 @@ class Keeper(TrainerCallback):
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-class Gauges:
-    """How busy and how hot the GPU is, looked at every few seconds."""
-
-    EVERY_SECONDS = 2.0
-
-    def __init__(self):
-        self.seen: list[tuple[int, int]] = []
-        self.looked = 0.0
-
-    def look(self, device: torch.device) -> None:
-        if device.type != "cuda" or time.monotonic() - self.looked < self.EVERY_SECONDS:
-            return
-        self.looked = time.monotonic()
-        try:
-            self.seen.append((torch.cuda.utilization(device), torch.cuda.temperature(device)))
-        except (pynvml.NVMLError, RuntimeError):  # a GPU that is shared or virtual may not tell
-            self.looked = math.inf
-
-    def figures(self, device: torch.device) -> dict[str, str | float]:
-        """The GPU's name, its mean utilisation in percent and its highest temperature; on a CPU nothing."""
-        if not self.seen:
-            return {}
-        busy, warm = zip(*self.seen, strict=True)
-        return {
-            "gpu": torch.cuda.get_device_name(device),
-            "gpu_utilisation_percent": round(sum(busy) / len(busy), 1),
-            "gpu_temperature_celsius": max(warm),
-        }
 
 
 ADVICE = "look at the rows, lower train.learning_rate, or set machine.dtype to float32"
@@ -432,6 +386,7 @@ def worth_going_on_from(run: Run) -> Checkpoint | None:
 def main(arguments: list[str]) -> None:
     base, train_tokens, validation_tokens, out, metrics, curve = (Path(argument) for argument in arguments)
     params = load()
+    refuse_missing(params.machine.report_to)
     began = time.monotonic()
     machine = resolve(params.machine)
     decides = decisive(params, machine, base, [train_tokens, validation_tokens])
@@ -456,11 +411,22 @@ def main(arguments: list[str]) -> None:
         if saved:
             print(f"going on after step {trainer.done} of {len(trainer.planned)}", file=sys.stderr)
         if not (saved and saved.state["finished"]):
-            finish(trainer, run)
+            parameters = parameters_of(params, trainer, machine)
+            with started(params.machine.report_to, parameters) as tell, trainer.watch.shown(tell):
+                finish(trainer, run)
             record_timing(trainer, machine, began)
         write_outputs(trainer, out, metrics, curve)
         # DVC, should it be killed before it has the outputs, deletes them: what they are made of is kept for it
         run.keep(1 if "DVC_STAGE" in os.environ else 0)
+
+
+def parameters_of(params: Params, trainer: Trainer, machine: Resolved) -> dict[str, str | float]:
+    """What a tracker shows beside a run's curves; a list, or nothing, as text."""
+    sections = {"lora": params.lora.model_dump(), "train": params.train.model_dump()}
+    decided = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    decided |= {"steps": len(trainer.planned), "after_step": trainer.done, "device": machine.device}
+    decided["dtype"] = dtype_name(machine.dtype)
+    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in decided.items()}
 
 
 def finish(trainer: Trainer, run: Run) -> None:
@@ -473,7 +439,8 @@ def finish(trainer: Trainer, run: Run) -> None:
         trainer.evaluate()
     if trainer.best:
         restore_trained(trainer.model, trainer.best)
-    state = {"history": history, "dtype": dtype_name(trainer.model.dtype), "finished": True}
+    telemetry = trainer.watch.telemetry.state
+    state = {"history": history, "telemetry": telemetry, "dtype": dtype_name(trainer.model.dtype), "finished": True}
     run.save(Checkpoint(steps, trained(trainer.model), state))
 
 
@@ -513,8 +480,9 @@ def record_timing(trainer: Trainer, machine: Resolved, began: float) -> None:
         tokens_per_pack=machine.tokens_per_pack,
         threads=torch.get_num_threads(),
         **({"after_step": trainer.done} if trainer.done else {}),
-        **watch.gauges.figures(device),
+        **watch.gauges.figures(),
     )
+    watch.write_telemetry()
 
 
 if __name__ == "__main__":
