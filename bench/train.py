@@ -144,7 +144,14 @@ class Marks(TrainerCallback):
         return statistics.median(count / (end - start) for count, start, end in pairs)
 
 
-def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "auto", profiled: bool = False) -> dict:
+def ours(
+    model: str,
+    quantize: str | None = None,
+    tokens_per_pack: int | str = "auto",
+    profiled: bool = False,
+    rows_a_step: int = ROWS_A_STEP,
+    ranks=None,
+) -> dict:
     from stages import train
     from stages.models.checkpoints import Run
     from stages.models.fused import fuse
@@ -152,6 +159,7 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
     from stages.models.load import load_model
     from stages.models.lora import add_adapters
     from stages.models.machine import resolve
+    from stages.models.ranks import ALONE
     from stages.params import Lora, Machine, Train
 
     folder = folder_of(model)
@@ -161,6 +169,7 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
             dtype="bfloat16",
             device="auto",
             devices=1,
+            rendezvous=None,
             tokens_per_pack=tokens_per_pack,
             rows_per_batch="auto",
             engine="batches",
@@ -183,10 +192,10 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
     fuse(adapted)
     if machine.device == "cuda":
         compile_pieces(adapted.get_base_model())
-    made = rows(ROWS_A_STEP * (WARM + MEASURED), MODELS[model].vocab_size)
+    made = rows(rows_a_step * (WARM + MEASURED), MODELS[model].vocab_size)
     settings = Train(
         epochs=1.0,
-        batch_size=ROWS_A_STEP,
+        batch_size=rows_a_step,
         order="shuffled",
         learning_rate=1e-4,
         lora_plus_ratio=1.0,
@@ -202,7 +211,7 @@ def ours(model: str, quantize: str | None = None, tokens_per_pack: int | str = "
     )
     scratch = tempfile.mkdtemp()
     run = Run(Path(scratch) / "checkpoints", 10**6)
-    trainer = train.Trainer(adapted, tokenizer(), settings, machine, made, made[:2], scratch, run, None)
+    trainer = train.Trainer(adapted, tokenizer(), settings, machine, made, made[:2], scratch, run, None, ranks or ALONE)
     trainer.add_callback(marks)
     if profiled:
         trainer.add_callback(Profile())

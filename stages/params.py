@@ -98,6 +98,13 @@ def _size(text: str) -> str:
     return text
 
 
+def _address(text: str) -> str:
+    found = re.fullmatch(r"[A-Za-z0-9._-]+:([0-9]{1,5})", text)
+    if not found or not 0 < int(found[1]) < 65536:
+        raise PydanticCustomError("address", "an address and a port such as 10.0.0.1:29500")
+    return text
+
+
 class Model(Section):
     fetch: Source
     chat_template: str | None = Field(pattern=r"^[a-z0-9_]+$")
@@ -184,6 +191,7 @@ class Machine(Section):
     dtype: Literal["auto", "float32", "bfloat16"]
     device: Literal["auto", "cpu", "cuda"]
     devices: Literal["auto"] | Annotated[int, Field(ge=1, le=64)]
+    rendezvous: Annotated[str, AfterValidator(_address)] | None
     tokens_per_pack: Literal["auto"] | Count
     rows_per_batch: Literal["auto"] | Count
     engine: Literal["batches", "vllm"]

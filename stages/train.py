@@ -6,12 +6,15 @@
 An optimizer step is train.batch_size rows, whatever the memory: the rows are cut into packs that fit the machine, and
 the loss is the sum over the step's supervised tokens divided by their number, over all packs.
 
+On several devices the same function runs in a process for each (stages/models/ranks.py).
+
 Checkpoints are written as it goes (machine.checkpoint_minutes). After a kill the same command goes on from the last
 one, and gives the bytes that it would have given undisturbed.
 """
 
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -42,8 +45,9 @@ from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.fused import fuse
 from stages.models.lora import add_adapters, embedding_trained, save_adapter, token_ids
 from stages.models.machine import Resolved, resolve
-from stages.models.packs import Pack, pack
+from stages.models.packs import IGNORED, Pack, pack
 from stages.models.progress import best_step, validation_losses, without_progress
+from stages.models.ranks import ALONE, Machines, Ranks, launch
 from stages.models.schedule import schedule
 from stages.models.state import (
     best,
@@ -63,7 +67,8 @@ from stages.refusal import Refusal, run
 
 @dataclass
 class Step:
-    """The rows of one optimizer step, as packs; `supervised` counts their labelled tokens, `tokens` all of them."""
+    """The rows of one optimizer step, this device's share of them as packs; `supervised` counts the labelled tokens of
+    all, `tokens` all tokens."""
 
     packs: list[Pack]
     supervised: int
@@ -85,10 +90,12 @@ class Trainer(SFTTrainer):
         scratch: str,
         run: Run,
         saved: Checkpoint | None,
+        ranks: Ranks = ALONE,
     ):
         """Go on from `saved`, of `run`, if it is there. What TRL saves on its own account goes to `scratch`."""
         self.rows, self.validation_rows = rows, validation_rows
         self.tokens_per_pack = machine.tokens_per_pack
+        self.ranks = ranks
         self.settings = train
         self.history: list[dict] = []
         self.best: dict[str, torch.Tensor] = {}  # the adapters at the best validation, with train.keep: best
@@ -113,6 +120,8 @@ class Trainer(SFTTrainer):
             restore_trained(model, saved.tensors)
             self.history = saved.state["history"]
             self.best = best(saved.tensors)
+        self.adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        ranks.begin_alike(self.adapters)
         self.graphs = None
         base = model.get_base_model()
         if takes_flash(base) and family(base).recorded and not embedding_trained(model):
@@ -132,11 +141,10 @@ class Trainer(SFTTrainer):
     def _step(self, chosen: list[dict]) -> Step:
         (step,) = chosen
         rows = [self.rows[i] for i in step["rows"]]
-        packs = pack(rows, self.tokens_per_pack)
         return Step(
-            packs,
-            supervised=sum(piece.supervised for piece in packs),
-            tokens=sum(piece.row_tokens for piece in packs),
+            pack(self.ranks.share(rows, self.tokens_per_pack), self.tokens_per_pack),
+            supervised=sum(label != IGNORED for row in rows for label in row["labels"][1:]),
+            tokens=sum(len(row["input_ids"]) for row in rows),
             rows=[row["id"] for row in rows],
         )
 
@@ -147,14 +155,17 @@ class Trainer(SFTTrainer):
         """Add the step's gradients, a pack at a time; return its mean loss in nats a token."""
         model.train()
         self.step_now = step
+        self.ranks.seed_step(self.args.seed, self.state.global_step)
         recorded = self.graphs.hidden if self.graphs else lambda piece: None
         total = torch.zeros((), device=self.args.device)
         for piece in step.packs:
             loss = pack_loss(model.get_base_model(), piece, recorded) / step.supervised
             self.accelerator.backward(loss)
             total += loss.detach()
-        self.loss_now = total
-        return total
+        if self.graphs:
+            self.ranks.tell(list(self.graphs.recorded))
+        self.loss_now = self.ranks.add_up(self.adapters, total)
+        return self.loss_now
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         norm = super()._clip_grad_norm(model)
@@ -168,8 +179,9 @@ class Trainer(SFTTrainer):
         """The mean loss, in nats a supervised token, of all validation rows."""
         self.reader.read_all()
         self.model.eval()
-        losses = row_losses(self.model.get_base_model(), self.validation_rows, self.tokens_per_pack)
-        loss = mean_loss(losses.values())
+        rows = self.ranks.share(self.validation_rows, self.tokens_per_pack)
+        losses = row_losses(self.model.get_base_model(), rows, self.tokens_per_pack)
+        loss = mean_loss([loss for share in self.ranks.of_all(losses) for loss in share.values()])
         if not math.isfinite(loss):
             raise Refusal(f"step {self.state.global_step}: the validation loss is {loss}; {ADVICE}")
         self.history.append({"step": self.state.global_step, "validation_loss": loss})
@@ -259,7 +271,7 @@ class Keeper(TrainerCallback):
         for group, rate in zip(self.trainer.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         if self.trainer.graphs:
-            self.trainer.graphs.keep_to(self.saved.state["graphs"])
+            self.trainer.graphs.keep_to(self.saved.state["graphs"][self.trainer.ranks.number])
         if args.device.type == "cuda":
             # kernels are fitted to the first pack that they are compiled for: let it be the one that it was then
             self.trainer.training_step(self.trainer.model, self.trainer._step([{"rows": self.trainer.planned[0]}]))
@@ -272,6 +284,7 @@ class Keeper(TrainerCallback):
         elif self.run.due and state.global_step:
             self.trainer.reader.read_all()  # what is not finite is not kept
             scheduler = self.trainer.lr_scheduler.state_dict()
+            graphs = self.trainer.graphs
             self.run.save(
                 Checkpoint(
                     state.global_step,
@@ -286,7 +299,7 @@ class Keeper(TrainerCallback):
                         "telemetry": self.trainer.watch.telemetry.state,
                         "schedule": {key: scheduler[key] for key in ("last_epoch", "_step_count", "_last_lr")},
                         "dtype": dtype_name(self.trainer.model.dtype),
-                        "graphs": list(self.trainer.graphs.recorded) if self.trainer.graphs else [],
+                        "graphs": self.trainer.ranks.told(list(graphs.recorded)) if graphs else [],
                         "finished": False,
                     },
                 )
@@ -359,11 +372,11 @@ def curve_of(history: list[dict]) -> str:
     return text.getvalue()
 
 
-def decisive(params: Params, machine: Resolved, base: Path, tokens: list[Path]) -> dict:
+def decisive(params: Params, machine: Resolved, base: Path, tokens: list[Path], processes: int = 1) -> dict:
     """All that decides the adapter's bytes. Of machine.dtype what was asked for: a checkpoint says what auto found."""
     return {
         "params": {"lora": params.lora.model_dump(), "train": params.train.model_dump()},
-        "machine": [machine.device, params.machine.dtype, machine.tokens_per_pack],
+        "machine": [machine.device, params.machine.dtype, machine.tokens_per_pack, processes],
         "base": checksums({path.name: path for path in base.iterdir()}),
         "tokens": checksums({str(number): path for number, path in enumerate(tokens)}),
         **surroundings(machine.device),
@@ -384,40 +397,55 @@ def worth_going_on_from(run: Run) -> Checkpoint | None:
 
 
 def main(arguments: list[str]) -> None:
-    base, train_tokens, validation_tokens, out, metrics, curve = (Path(argument) for argument in arguments)
     params = load()
     refuse_missing(params.machine.report_to)
     began = time.monotonic()
     machine = resolve(params.machine)
-    decides = decisive(params, machine, base, [train_tokens, validation_tokens])
-    with (
-        opened(out, decides, params.machine.checkpoint_minutes) as run,
-        tempfile.TemporaryDirectory() as scratch,
-    ):
-        saved = worth_going_on_from(run)
+    machines = Machines.found(params.machine.rendezvous)
+    devices = machine.devices[: math.ceil(params.train.batch_size / machines.count)]  # a row each, at least
+    if len(devices) * machines.count == 1:
+        train_adapter(arguments, params, machine, began, ALONE)
+    else:
+        launch(train_adapter, (arguments, params, machine, began), devices, machines)
+
+
+def train_adapter(arguments: list[str], params: Params, machine: Resolved, began: float, ranks: Ranks) -> None:
+    """What each device's process does, `began` by time.monotonic; the first of them writes."""
+    base, train_tokens, validation_tokens, out, metrics, curve = (Path(argument) for argument in arguments)
+    tokens = [train_tokens, validation_tokens]
+    with contextlib.ExitStack() as held:
+        scratch = held.enter_context(tempfile.TemporaryDirectory())
+        decides = decisive(params, machine, base, tokens, ranks.count) if ranks.first_here else None
+        ranks.refuse_differences(decides)
+        run, saved = Run(Path(scratch) / "unused", math.inf), None
+        if ranks.first:
+            run = held.enter_context(opened(out, decides, params.machine.checkpoint_minutes))
+            saved = worth_going_on_from(run)
+        machine, saved = ranks.of_first((machine, saved))
         if saved:
             machine = dataclasses.replace(machine, dtype=getattr(torch, saved.state["dtype"]))
-        rows, validation_rows = (
-            pyarrow.parquet.read_table(path).to_pylist() for path in (train_tokens, validation_tokens)
-        )
+        rows, validation_rows = (pyarrow.parquet.read_table(path).to_pylist() for path in tokens)
         model = load_model(base, machine.device, machine.dtype, quantize=params.lora.quantize)
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-        tokens = token_ids(tokenizer, params.lora.trainable_tokens)
-        model = add_adapters(model, params.lora, params.train.seed, tokens)
+        trainable = token_ids(tokenizer, params.lora.trainable_tokens)
+        model = add_adapters(model, params.lora, params.train.seed, trainable)
         fuse(model)
         if machine.device == "cuda":
             compile_pieces(model.get_base_model())
-        trainer = Trainer(model, tokenizer, params.train, machine, rows, validation_rows, scratch, run, saved)
+        trainer = Trainer(model, tokenizer, params.train, machine, rows, validation_rows, scratch, run, saved, ranks)
         if saved:
             print(f"going on after step {trainer.done} of {len(trainer.planned)}", file=sys.stderr)
         if not (saved and saved.state["finished"]):
-            parameters = parameters_of(params, trainer, machine)
-            with started(params.machine.report_to, parameters) as tell, trainer.watch.shown(tell):
-                finish(trainer, run)
+            if ranks.first:
+                who = params.machine.report_to
+                tell = held.enter_context(started(who, parameters_of(params, trainer, machine)))
+                held.enter_context(trainer.watch.shown(tell))
+            finish(trainer, run)
             record_timing(trainer, machine, began)
-        write_outputs(trainer, out, metrics, curve)
-        # DVC, should it be killed before it has the outputs, deletes them: what they are made of is kept for it
-        run.keep(1 if "DVC_STAGE" in os.environ else 0)
+        if ranks.first:
+            write_outputs(trainer, out, metrics, curve)
+            # DVC, should it be killed before it has the outputs, deletes them: what they are made of is kept for it
+            run.keep(1 if "DVC_STAGE" in os.environ else 0)
 
 
 def parameters_of(params: Params, trainer: Trainer, machine: Resolved) -> dict[str, str | float]:
@@ -439,9 +467,10 @@ def finish(trainer: Trainer, run: Run) -> None:
         trainer.evaluate()
     if trainer.best:
         restore_trained(trainer.model, trainer.best)
-    telemetry = trainer.watch.telemetry.state
-    state = {"history": history, "telemetry": telemetry, "dtype": dtype_name(trainer.model.dtype), "finished": True}
-    run.save(Checkpoint(steps, trained(trainer.model), state))
+    if trainer.ranks.first:
+        telemetry = trainer.watch.telemetry.state
+        state = {"history": history, "telemetry": telemetry, "dtype": dtype_name(trainer.model.dtype), "finished": True}
+        run.save(Checkpoint(steps, trained(trainer.model), state))
 
 
 def write_outputs(trainer: Trainer, out: Path, metrics: Path, curve: Path) -> None:
@@ -468,14 +497,18 @@ def write_outputs(trainer: Trainer, out: Path, metrics: Path, curve: Path) -> No
 
 
 def record_timing(trainer: Trainer, machine: Resolved, began: float) -> None:
-    """Of this process: what one that was killed did before is not counted."""
-    watch, device = trainer.watch, trainer.args.device
+    """Of this process: what one that was killed did before is not counted. The memory is that of the fullest device."""
+    watch, device, ranks = trainer.watch, trainer.args.device, trainer.ranks
+    peak_gib = max(ranks.of_all(memory_gib(device)))
+    if not ranks.first:
+        return
     timing.record(
         "train",
         seconds=round(time.monotonic() - began, 1),
         tokens_per_second=round(watch.tokens_per_second, 1),
-        peak_gib=round(memory_gib(device), 2),
+        peak_gib=round(peak_gib, 2),
         device=machine.device,
+        **({"devices": ranks.count} if ranks.count > 1 else {}),
         dtype=dtype_name(machine.dtype),
         tokens_per_pack=machine.tokens_per_pack,
         threads=torch.get_num_threads(),

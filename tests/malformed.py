@@ -389,6 +389,16 @@ VALUES = [
     ),
     ("machine.tokens_per_pack", 0, "machine.tokens_per_pack is 0; it should be 'auto' or at least 1"),
     ("machine.checkpoint_minutes", 0, "machine.checkpoint_minutes is 0; it should be 'auto' or more than 0"),
+    (
+        "machine.rendezvous",
+        "10.0.0.1",
+        "machine.rendezvous is the text '10.0.0.1'; it should be an address and a port such as 10.0.0.1:29500",
+    ),
+    (
+        "machine.rendezvous",
+        "10.0.0.1:65536",
+        "machine.rendezvous is the text '10.0.0.1:65536'; it should be an address",
+    ),
     ("machine.rows_per_batch", 1.5, "machine.rows_per_batch is 1.5; it should be 'auto' or a whole number"),
     (
         "lora.target_modules",

@@ -248,7 +248,13 @@ def clone(tmp_path_factory, tiny_model) -> Clone:
     params = yaml((TOP / "params.yaml").read_text()) | yaml(OVERRIDES)
     params["train"].update(epochs=1.0, batch_size=4, validations=2, order="shared")
     params["machine"].update(
-        device="cpu", devices=1, dtype="float32", tokens_per_pack=512, rows_per_batch=8, engine="batches"
+        device="cpu",
+        devices=1,
+        rendezvous=None,
+        dtype="float32",
+        tokens_per_pack=512,
+        rows_per_batch=8,
+        engine="batches",
     )
     with (folder / "params.yaml").open("w") as file:
         ruamel.yaml.YAML().dump(params, file)

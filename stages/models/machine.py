@@ -38,7 +38,7 @@ def resolve(machine: Machine) -> Resolved:
         raise Refusal("params.yaml: machine.device is cuda, but torch sees no GPU here; set it to auto")
     dtype = getattr(torch, machine.dtype) if machine.dtype != "auto" else _fastest(device)
     if device == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     there = torch.cuda.device_count() if device == "cuda" else 1
     count = there if machine.devices == "auto" else machine.devices
     if device == "cuda" and count > there:
@@ -54,7 +54,7 @@ def resolve(machine: Machine) -> Resolved:
     return Resolved(device, devices, dtype, tokens, rows, machine.engine)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep what is freed: it would give each large tensor back to the kernel, whose zeroing of the same
     pages again takes a fifth of the time that training and generation take on a CPU. Elsewhere than glibc: nothing."""
     try:

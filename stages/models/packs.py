@@ -114,6 +114,19 @@ def pack(rows: Iterable[dict], tokens_per_pack: int) -> list[Pack]:
     return [_lay(members) for members in bins]
 
 
+def deal(rows: list[dict], shares: int, tokens_per_pack: int) -> list[list[dict]]:
+    """The rows in so many lists with about as many tokens to compute: rows that begin alike stay together up to one
+    share, and the longest go first, each to the list that has the fewest tokens (Graham 1969, LPT)."""
+    even = -(-sum(map(len, trees(rows, tokens_per_pack))) // shares)
+    dealt: list[list[dict]] = [[] for _ in range(shares)]
+    sizes = [0] * shares
+    for tree in sorted(trees(rows, min(even, tokens_per_pack)), key=len, reverse=True):
+        place = sizes.index(min(sizes))
+        dealt[place] += tree.rows
+        sizes[place] += len(tree)
+    return dealt
+
+
 def trees(rows: Iterable[dict], tokens_per_pack: int) -> list[Tree]:
     """Rows with the beginnings they share. Sorted, rows that begin alike stand together; each joins the tree before
     it where that lets fewer tokens be computed than leaving it out would."""
