@@ -12,6 +12,7 @@ INSTALLED := .venv/.installed
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED)
+	@$(BIN)/python -m tools.doctor
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
 
 test: $(INSTALLED)

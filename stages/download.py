@@ -6,7 +6,10 @@ python -m stages.download data data/raw
 
 import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -25,6 +28,7 @@ def main(arguments: list[str]) -> None:
     """Fetch the model or the data into the folder named second."""
     if len(arguments) != 2 or arguments[0] not in ("model", "data"):
         raise Refusal("usage: python -m stages.download model|data FOLDER")
+    refuse_in_vain()
     section = getattr(params.load(), arguments[0])
     stage = model if arguments[0] == "model" else data
     with new_folder(Path(arguments[1])) as folder:
@@ -33,6 +37,19 @@ def main(arguments: list[str]) -> None:
             path.chmod(0o644)  # safetensors saves with 0600
     if provenance.kept:
         kept.forget(provenance.kept)
+
+
+def refuse_in_vain() -> None:
+    """Where DVC runs this stage, end if tools/doctor.py knows that the pipeline will fail: before hours of download.
+
+    A stage of its own in front of this one would have to run at every dvc repro, since disk, token and GPU are no files
+    that DVC could compare. Not imported: what the doctor knows decides about no byte of the output, so that a change of
+    it must not download anew.
+    """
+    if "DVC_STAGE" in os.environ:
+        done = subprocess.run([sys.executable, "-m", "tools.doctor"], stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
 
 
 def data(section: params.Data, folder: Path) -> Provenance:

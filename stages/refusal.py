@@ -40,6 +40,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
+        refuse_full_disk()
         main(sys.argv[1:])
         refuse_full_disk()
     except Refusal as refusal:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from stages.models import loss
+from stages.models.fused import fuse
 from stages.models.load import load_model, pack_loss, row_losses
-from stages.models.lora import add_adapters, embedding_trained, fuse, token_ids
+from stages.models.lora import add_adapters, embedding_trained, token_ids
 from stages.models.packs import IGNORED, pack
 from stages.params import Lora
 from stages.refusal import Refusal

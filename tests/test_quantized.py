@@ -8,8 +8,9 @@ from peft.utils.integrations import dequantize_bnb_weight
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.models.families import adaptable
+from stages.models.fused import _FusedLora, _WideLora, fuse
 from stages.models.load import load_model, pack_loss
-from stages.models.lora import _FusedLora, _WideLora, add_adapters, fuse
+from stages.models.lora import add_adapters
 from stages.models.packs import IGNORED, pack
 from stages.models.quantized import dense, kept_values, multiply_restored, packing
 from stages.params import Lora

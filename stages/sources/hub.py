@@ -3,7 +3,9 @@
 HF_TOKEN, from the environment alone, opens gated and private repositories; HF_ENDPOINT names another hub.
 """
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from stages.params import Section
 from stages.refusal import Refusal
 from stages.sources import repository, transfer
-from stages.sources.provenance import Provenance
+from stages.sources.provenance import Announced, Provenance
 from stages.sources.transfer import Remote
 
 SITE = "https://huggingface.co"
@@ -34,6 +36,19 @@ class Spec(Section):
 
 def fetch(spec: Spec, folder: Path) -> Provenance:
     """Fill `folder` with the files that `spec` asks for; raises Refusal, with what has come so far kept for later."""
+    with _opened(spec) as (listed, http, explain):
+        return repository.fetch(spec, listed, folder, http, explain)
+
+
+def look(spec: Spec) -> Announced:
+    """What `fetch` would bring."""
+    with _opened(spec) as (listed, http, explain):
+        return repository.look(spec, listed, http, explain)
+
+
+@contextlib.contextmanager
+def _opened(spec: Spec) -> Iterator[tuple[list[Remote], httpx.Client, Callable[[httpx.Response], Refusal]]]:
+    """All that the repository holds at the commit, a client that may read it, and what to make of its refusals."""
     if constants.is_offline_mode():
         raise Refusal(
             f"{spec.repository}: HF_HUB_OFFLINE is set, so it is not fetched; unset that, or put the files in "
@@ -50,8 +65,7 @@ def fetch(spec: Spec, folder: Path) -> Provenance:
         raise Refusal(f"{spec.repository}: asked for {spec.revision}, the hub answers for {commit}; do not use it")
     authorization = {"Authorization": f"Bearer {token}"} if token else {}
     with transfer.client(authorization) as http:
-        listed = _listed(api, spec)
-        return repository.fetch(spec, listed, folder, http, lambda response: _explain(api, spec, response))
+        yield _listed(api, spec), http, lambda response: _explain(api, spec, response)
 
 
 def _named(spec: Spec) -> dict[str, str]:

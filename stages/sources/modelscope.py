@@ -6,7 +6,9 @@ Four requests in place of the modelscope package, which takes branches and tags 
 (modelscope/modelscope#1386). They are those of its client, modelscope-hub 0.5.1.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode, urlsplit
@@ -17,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from stages.params import Section
 from stages.refusal import Refusal
 from stages.sources import repository, transfer
-from stages.sources.provenance import Provenance
+from stages.sources.provenance import Announced, Provenance
 from stages.sources.transfer import Remote
 
 SITE = "https://modelscope.cn"
@@ -60,6 +62,19 @@ class Listing(BaseModel):
 
 def fetch(spec: Spec, folder: Path) -> Provenance:
     """Fill `folder` with the files that `spec` asks for; raises Refusal, with what has come so far kept for later."""
+    with _opened(spec) as (listed, http):
+        return repository.fetch(spec, listed, folder, http, lambda response: _explain(spec, response))
+
+
+def look(spec: Spec) -> Announced:
+    """What `fetch` would bring."""
+    with _opened(spec) as (listed, http):
+        return repository.look(spec, listed, http, lambda response: _explain(spec, response))
+
+
+@contextlib.contextmanager
+def _opened(spec: Spec) -> Iterator[tuple[list[Remote], httpx.Client]]:
+    """All that the repository holds at the commit, and a client that may read it."""
     token = repository.token("MODELSCOPE_API_TOKEN")
     # both, as its own client does: some addresses look at the one, some at the other
     headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"} if token else {}
@@ -69,8 +84,7 @@ def fetch(spec: Spec, folder: Path) -> Provenance:
             raise repository.unpinned(spec, _whole(head, entries))
         if not spec.revision.startswith(head):
             raise Refusal(f"{spec.repository}: asked for {spec.revision}, the site answers for {head}; do not use it")
-        remotes = [_remote(spec, entry) for entry in entries if entry.Type != "tree"]
-        return repository.fetch(spec, remotes, folder, http, lambda response: _explain(spec, response))
+        yield [_remote(spec, entry) for entry in entries if entry.Type != "tree"], http
 
 
 def _endpoint() -> str:

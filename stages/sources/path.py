@@ -4,6 +4,7 @@ DVC watches `data/own` and `models/own`: what lies there may change, and the pip
 named with its sha256, and a folder elsewhere is refused.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Literal
 
 from stages.params import Section
 from stages.refusal import Refusal
-from stages.sources.provenance import Provenance, Sha256, checksum, checksums
+from stages.sources.provenance import Announced, Provenance, Sha256, checksum, checksums
 from stages.sources.weights import CONFIGURATIONS, PICKLES, refuse_remote_code
 
 WATCHED = (Path("data/own"), Path("models/own"))
+HASHED_BYTES = 256 << 20
 FILES = (".jsonl", ".json", ".csv", ".parquet", ".gguf", "")
 
 
@@ -29,16 +31,30 @@ class Spec(Section):
 def fetch(spec: Spec, folder: Path) -> Provenance:
     """Copy what `spec` names into `folder`; raises Refusal, with nothing copied, when it is not fit for use."""
     path = Path(spec.path)
-    if path.is_dir():
-        files = _weights(spec)
-    elif path.is_file():
-        files = [_file(spec)]
-    else:
-        raise Refusal(f"{spec.path}: there is no such file or folder; correct fetch.path in params.yaml")
-    for file in files:
+    for file in _files(spec, hashed=True):
         shutil.copyfile(file, folder / file.name)
     origin = path.name if path.is_absolute() else path.as_posix()
     return Provenance(source="path", origin=[origin], files=checksums(folder))
+
+
+def look(spec: Spec) -> Announced:
+    """What `fetch` would copy; a file too large to be hashed in a second is not compared with its sha256."""
+    path = Path(spec.path)
+    small = path.is_file() and path.stat().st_size <= HASHED_BYTES
+    files = _files(spec, hashed=small)
+    config = path / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
+    return Announced({file.name: file.stat().st_size for file in files}, values)
+
+
+def _files(spec: Spec, hashed: bool) -> list[Path]:
+    """What is to be copied, fit for use; `hashed`: a file's checksum is what it should be, too."""
+    path = Path(spec.path)
+    if path.is_dir():
+        return _weights(spec)
+    if path.is_file():
+        return [_file(spec, hashed)]
+    raise Refusal(f"{spec.path}: there is no such file or folder; correct fetch.path in params.yaml")
 
 
 def _is_in(path: Path, folder: Path) -> bool:
@@ -46,10 +62,12 @@ def _is_in(path: Path, folder: Path) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))  # noqa: PTH100 - resolve() follows links
 
 
-def _file(spec: Spec) -> Path:
+def _file(spec: Spec, hashed: bool) -> Path:
     path = Path(spec.path)
     if path.suffix.lower() not in FILES:
         raise Refusal(f"{path}: is neither a folder of weights nor one of {', '.join(filter(None, FILES))}")
+    if not hashed:
+        return path
     found = checksum(path)
     if spec.sha256 is None and not any(_is_in(path, folder) for folder in WATCHED):
         raise Refusal(

@@ -1,8 +1,9 @@
 """What a source hands back: where files came from and their checksums; nothing that differs between two runs."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +20,15 @@ class Provenance(BaseModel):
     origin: list[str]
     files: dict[str, Sha256]
     kept: Path | None = Field(default=None, exclude=True)
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What `fetch` would bring, asked for beforehand: the files' sizes in bytes by name, None where it is not told;
+    `config`, a model's config.json where it can be read."""
+
+    sizes: dict[str, int | None]
+    config: dict[str, Any] | None = None
 
 
 def checksum(path: Path) -> str:

@@ -5,6 +5,7 @@ import fnmatch
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -15,7 +16,7 @@ from pydantic import Field
 from stages.params import Section
 from stages.refusal import Refusal
 from stages.sources import kept, transfer
-from stages.sources.provenance import Provenance
+from stages.sources.provenance import Announced, Provenance
 from stages.sources.transfer import Remote
 from stages.sources.weights import CONFIGURATIONS, PICKLES, refuse_remote_code
 
@@ -97,6 +98,29 @@ def fetch(
         files |= transfer.fetch([r for r in chosen if r.name.endswith(WEIGHTS)], place, folder, http, explain)
     origin = f"{spec.repository}@{spec.revision}"
     return Provenance(source=spec.source, origin=[origin], files=dict(sorted(files.items())), kept=place)
+
+
+def look(
+    spec: Section, listed: list[Remote], http: httpx.Client, explain: Callable[[httpx.Response], Refusal]
+) -> Announced:
+    """What `fetch` would take of the `listed` files. Who may list a repository may not always read it: a small file is
+    asked for, too."""
+    chosen = {remote.name: remote for remote in _choose(spec, listed)}
+    with tempfile.TemporaryDirectory() as scratch:
+        small = [name for name in ("config.json", INDEX) if name in chosen]
+        for name in small or list(chosen)[:1]:
+            with http.stream("GET", chosen[name].url) as response:
+                if response.status_code not in (200, 206):
+                    response.read()
+                    raise explain(response)
+                if name in small:
+                    (Path(scratch) / name).write_bytes(response.read())
+        refuse_remote_code(Path(scratch) / "config.json", f"{spec.repository}: config.json")
+        if spec.files == "auto" and INDEX in small:
+            chosen |= {remote.name: remote for remote in _shards(spec, Path(scratch) / INDEX, listed)}
+        config = Path(scratch) / "config.json"
+        values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
+    return Announced({name: remote.size for name, remote in chosen.items()}, values)
 
 
 def _choose(spec: Section, listed: list[Remote]) -> list[Remote]:

@@ -58,6 +58,10 @@ class Again(Exception):
         self.seconds = seconds
 
 
+class Unanswered(Refusal):
+    """No attempt was answered; a later one may be."""
+
+
 def client(headers: dict[str, str]) -> httpx.Client:
     """A client that sends `headers`. httpx drops Authorization and Cookie where a redirect leads to another host."""
     return httpx.Client(
@@ -81,7 +85,7 @@ def patiently(
     progress: Callable[[], int] = lambda: 0,
     wait: Callable[[float], object] = lambda seconds: time.sleep(seconds),
 ) -> T:
-    """What `attempt` returns; raises Refusal when it raises Again too often in a row without any `progress`."""
+    """What `attempt` returns; raises Unanswered when it raises Again too often in a row without any `progress`."""
     failures, before = 0, progress()
     while True:
         try:
@@ -91,8 +95,9 @@ def patiently(
             before = progress()
             failures += 1
             if failures >= ATTEMPTS:
-                line = f"{what}: {error}, {failures} times in a row; see to the network, and run again"
-                raise Refusal(line) from None
+                times = f", {failures} times in a row" if failures > 1 else ""
+                line = f"{what}: {error}{times}; see to the network, and run again"
+                raise Unanswered(line) from None
             seconds = min(error.seconds or FIRST_WAIT_SECONDS * 2 ** (failures - 1), LONGEST_WAIT_SECONDS)
             tqdm.write(f"{what}: {error}; next attempt in {seconds} s", file=sys.stderr)
             wait(seconds)

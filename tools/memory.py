@@ -1,0 +1,300 @@
+"""A model's config.json and params.yaml in; the bytes that training, merging and answering hold at most, out.
+
+Knows shapes alone: no weights are read, and torch is not imported. What is counted is what the stages hold (each part
+names its module); what was measured beside it is in bench/results/gpus.json (python -m bench.memory).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from stages.params import Lora, Params
+
+GIB = 2**30
+
+# Of stages/models, which import torch; tests/test_memory.py compares them.
+TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384}  # machine.py
+ROWS_PER_BATCH = {"cpu": 105, "cuda": 256}
+PROMPT_TOKENS = {"cpu": 8192}  # generate.py
+HEAD_TOKENS = {"cpu": 128, "cuda": 2048}  # loss.py
+ROOM = 128  # generate.RoomyLayer
+GRAPHS, KEYS = 12, 4  # graphs.py: MOST, KEYS
+
+# a weight's; nf4: 4 bits, and of the scales of each 64 weights 8 bits and a 256th of 32; int8's scales are one a row
+QUANTIZED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
+# What the process holds before any weights: Python, torch and what comes with it; on a GPU the context of CUDA and the
+# workspaces of its libraries, which PyTorch does not count among its own.
+PROCESS = {"cpu": 0.75 * GIB, "cuda": 0.8 * GIB}
+# On a CPU freed memory is kept (machine.py), and packs of other sizes do not fit into its pieces: what comes and goes
+# takes so many times its own size. From the default run, whose training came to 3.75 GiB, where full packs take 2.3.
+PIECES = 2.2
+# What config.json leaves out where it is its class's default; of the families that do so.
+DEFAULTS = {
+    "gemma3_text": {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+    },
+    "gemma3n_text": {
+        "vocab_size": 262400,
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 35,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+    },
+}
+FOUR_NORMS = ("gemma2", "gemma3_text", "gemma3n_text")  # to a layer; others have two
+QUERY_NORMS = ("gemma3_text", "gemma3n_text", "qwen3")
+TIED = ("gemma", "gemma2", "gemma3_text", "gemma3n_text")  # by their classes' default
+RECORDED = ("gemma", "gemma2", "gemma3_text", "llama")  # families.py: as a CUDA graph
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What config.json says of the language model. `parameters` are all of the folder's, an image tower's too, where
+    the size of its files is known; `stored` is the bytes of each there."""
+
+    kind: str
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    queries: int  # elements a token, all heads together
+    keys: int
+    vocabulary: int
+    tied: bool
+    capped: bool
+    stored: int
+    parameters: int
+
+    @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """A layer's matrices by name, in and out."""
+        h, i, q, k = self.hidden, self.inner, self.queries, self.keys
+        return {
+            "q_proj": (h, q),
+            "k_proj": (h, k),
+            "v_proj": (h, k),
+            "o_proj": (q, h),
+            "gate_proj": (h, i),
+            "up_proj": (h, i),
+            "down_proj": (i, h),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        return self.layers * sum(a * b for a, b in self.linear.values())
+
+    @property
+    def norms(self) -> int:
+        return 4 if self.kind in FOUR_NORMS else 2
+
+
+def shape(config: dict[str, Any], weight_bytes: int | None = None) -> Shape | None:
+    """The shape that `config` describes; None where it is not that of a decoder known here. weight_bytes: of the
+    safetensors files, where known."""
+    if not isinstance(config, dict):
+        return None
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    kind = text.get("model_type") or config.get("model_type", "")
+    values = DEFAULTS.get(kind, {}) | {key: value for key, value in text.items() if value is not None}
+    try:
+        layers, hidden, heads = (values[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+        inner, vocabulary = values["intermediate_size"], values["vocab_size"]
+        inner = max(inner) if isinstance(inner, list) else inner  # of Gemma 3n, one a layer
+        size = values.get("head_dim") or hidden // heads
+        queries, keys = heads * size, (values.get("num_key_value_heads") or heads) * size
+        named = (holder.get(key) for holder in (text, config) for key in ("dtype", "torch_dtype"))
+        stored = SIZES[next(filter(None, named), "bfloat16")]
+        tied = bool(values.get("tie_word_embeddings", kind in TIED))
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return None
+    if not all(isinstance(number, int) for number in (layers, hidden, heads, inner, vocabulary, queries, keys)):
+        return None
+    found = Shape(
+        kind=kind,
+        layers=layers,
+        hidden=hidden,
+        inner=inner,
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        vocabulary=vocabulary,
+        tied=tied,
+        capped=values.get("attn_logit_softcapping") is not None,
+        stored=stored,
+        parameters=0,
+    )
+    own = found.linear_parameters + vocabulary * hidden * (1 if tied else 2) + layers * found.norms * hidden
+    return Shape(**{**vars(found), "parameters": weight_bytes // stored if weight_bytes else own})
+
+
+def adapter_parameters(model: Shape, lora: Lora) -> int:
+    return model.layers * sum(lora.r * (a + b) for a, b in adapted(model, lora).values())
+
+
+def adapted(model: Shape, lora: Lora) -> dict[str, tuple[int, int]]:
+    """The matrices of a layer that get an adapter."""
+    names = model.linear if lora.target_modules == "all-linear" else lora.target_modules
+    return {name: size for name, size in model.linear.items() if name in names}
+
+
+@dataclass(frozen=True)
+class Held:
+    """What training holds, in bytes. `peak` is what PyTorch, or on a CPU the process, reports as its largest where all
+    packs are alike; `needed` is what there must be room for: on a GPU CUDA's own, too."""
+
+    weights: float
+    adapters: float
+    activations: float
+    head: float
+    process: float
+    on_gpu: bool
+    recorded: bool
+
+    @property
+    def peak(self) -> float:
+        # while graphs are recorded, which is when most is held, the head has not begun
+        held = self.weights + self.adapters + self.activations + (0 if self.recorded else self.head)
+        return held + (0 if self.on_gpu else self.process)
+
+    @property
+    def needed(self) -> float:
+        passing = (self.activations + self.head) * (1 if self.on_gpu else PIECES)
+        return self.weights + self.adapters + passing + self.process
+
+
+def weights(model: Shape, dtype: str, quantize: str | None) -> float:
+    """Bytes of the base; quantize: on a GPU, of the language model's matrices (quantized.py)."""
+    size = SIZES[dtype]
+    packed = QUANTIZED_BYTES[quantize] if quantize else size
+    return (model.parameters - model.linear_parameters) * size + model.linear_parameters * packed
+
+
+def pack_tokens(params: Params, device: str) -> int:
+    """Tokens of the largest pack that can come: no larger than a step, but as long as one row at least."""
+    asked = params.machine.tokens_per_pack
+    tokens = TOKENS_PER_PACK[device] if asked == "auto" else asked
+    longest = params.encode.max_length
+    return max(longest, min(tokens, params.train.batch_size * longest))
+
+
+def recorded_size(tokens: int) -> int:
+    """graphs.size_of: the padded size of a pack."""
+    step = max(256, 1 << max(0, tokens.bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+def layer_bytes(model: Shape, lora: Lora, dtype: str, fused_gpu: bool, longest: int, shared: bool) -> float:
+    """What one token of a row of `longest` leaves behind in one layer for the way back.
+
+    fused_gpu: norms, rotary embedding and gate are compiled, and attention is one flash kernel (graphs.py, lora.py,
+    attention.py); otherwise norms and attention keep copies in float32, and the gate keeps all its steps.
+    """
+    b, h, i, q, k = SIZES[dtype], model.hidden, model.inner, model.queries, model.keys
+    own = adapted(model, lora)
+    wide = b if fused_gpu else 4
+    kept = model.norms * wide * h
+    if model.kind in QUERY_NORMS:
+        kept += wide * (q + k)
+    if own.keys() & {"q_proj", "k_proj", "v_proj"}:
+        kept += b * h  # what goes into them, once
+    if own.keys() & {"gate_proj", "up_proj"}:
+        kept += b * h
+    keys = (KEYS if shared else 1) * k
+    if fused_gpu:
+        kept += b * (q + 2 * keys + q) + 4 * model.heads
+    else:
+        kept += 4 * (q + 2 * q + q) + (b * q if "o_proj" in own else 0)  # keys and values once for each query's head
+        if model.capped:  # _softcapped's bounded scores and softmax, of each query with each key of its row
+            kept += model.heads * longest * (4 + 2 * b)
+    kept += b * i * (2 if fused_gpu else 3) + (b * i if "down_proj" in own or not fused_gpu else 0)
+    if lora.dropout or lora.method == "dora":  # PEFT's forward: each adapter a float32 copy of what goes in, and a mask
+        kept += sum((4 + bool(lora.dropout)) * a for a, _ in own.values())
+        if lora.method == "dora":
+            kept += sum(2 * b * out for _, out in own.values())
+    return kept + b * lora.r * len(own)
+
+
+def training(
+    model: Shape,
+    lora: Lora,
+    device: str,
+    dtype: str,
+    tokens: int,
+    longest: int,
+    flash: bool = True,
+    shared: bool = False,
+) -> Held:
+    """What training holds with packs of at most `tokens` tokens, of rows of at most `longest`.
+
+    flash: the GPU is one that flash attention knows; shared: rows share beginnings, whose keys a GPU lays out once for
+    each row (graphs.KEYS).
+    """
+    gpu = device == "cuda"
+    fused = gpu and flash and dtype != "float32" and not model.capped and model.queries // model.heads <= 256
+    recorded = fused and model.kind in RECORDED
+    tokens = recorded_size(tokens) if recorded else tokens
+    own = adapter_parameters(model, lora)
+    size = SIZES[dtype]
+    adapters = 16 * own + (
+        size * own if size != 4 else 0
+    )  # values, gradients, two moments; copies in the model's format
+    if recorded:
+        adapters += GRAPHS * 4 * own
+    activations = tokens * model.layers * layer_bytes(model, lora, dtype, fused, longest, shared)
+    activations += 2 * tokens * model.inner * size  # of the layer that is on its way back
+    head = HEAD_TOKENS[device] * model.vocabulary * (size if gpu else size + 4)
+    return Held(
+        weights=weights(model, dtype, lora.quantize if gpu else None),
+        adapters=adapters,
+        activations=activations,
+        head=head,
+        process=PROCESS[device],
+        on_gpu=gpu,
+        recorded=recorded,
+    )
+
+
+def most_tokens(
+    model: Shape, lora: Lora, device: str, dtype: str, longest: int, flash: bool, shared: bool, room: float
+) -> int | None:
+    """The largest machine.tokens_per_pack, of 256 tokens and its doubles or one and a half of them, with which training
+    needs no more than `room`; None where not even one row fits."""
+    steps = sorted(size for power in range(8, 16) for size in (1 << power, 3 << (power - 1)))
+    fit = [
+        n
+        for n in steps
+        if n >= longest and training(model, lora, device, dtype, n, longest, flash, shared).needed <= room
+    ]
+    return max(fit, default=None)
+
+
+def merging(model: Shape, params: Params, dtype: str) -> float:
+    """Main memory that merging holds: a layer at a time, the vocabulary's among them, beside the logits of both models
+    (merge.answers_logits), for answers of at most evaluate.max_new_tokens tokens."""
+    size = SIZES[dtype]
+    largest = max(model.vocabulary * model.hidden, model.linear_parameters // model.layers)
+    logits = 2 * params.merge.rows * params.evaluate.max_new_tokens * model.vocabulary * size
+    return PROCESS["cpu"] + 2 * largest * max(size, model.stored) + logits
+
+
+def answering(model: Shape, params: Params, device: str, dtype: str, prompt: int) -> float:
+    """What answering prompts of at most `prompt` tokens holds (generate.py): the weights, keys and values, and either
+    the prompts' way through a layer or the scores of their last tokens."""
+    size, asked = SIZES[dtype], params.machine.rows_per_batch
+    rows = ROWS_PER_BATCH[device] if asked == "auto" else asked
+    if device in PROMPT_TOKENS:
+        rows = min(rows, max(1, PROMPT_TOKENS[device] // prompt))
+    held = rows * (prompt + ROOM) * model.layers * 2 * model.keys * size
+    through = rows * prompt * (4 * model.inner + 4 * model.hidden) * size + 2 * rows * prompt**2
+    if model.capped:  # eager attention
+        through += rows * model.heads * prompt**2 * (4 + size)
+    return PROCESS[device] + weights(model, dtype, None) + held + max(through, rows * model.vocabulary * (size + 4))
