@@ -3,6 +3,7 @@
 What it answers is what the two answered when their clients were written: huggingface_hub 1.33, modelscope-hub 0.5.1.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -32,12 +33,14 @@ def commit_of(files: dict[str, bytes]) -> str:
 
 @dataclass
 class Repository:
-    """`commits` holds all files of each; `gated` and `private` name the tokens that may read it."""
+    """`commits` holds all files of each; `gated` and `private` name the tokens that may read it, `writers` those that
+    may write, where not all may."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     gated: set[str] | None = None
     private: set[str] | None = None
+    writers: set[str] | None = None
 
     def push(self, files: dict[str, bytes], branch: str = "main") -> str:
         commit = commit_of(files)
@@ -52,7 +55,8 @@ class Repository:
 @dataclass
 class Fault:
     """What happens to one request for a file's bytes: a `status` with `headers`, a connection `cut_after` so many
-    bytes, other content (`changed`), or the `whole` file in answer to a request for its rest."""
+    bytes, other content (`changed`), or the `whole` file in answer to a request for its rest. Of a file that is sent,
+    the connection is cut after so many bytes of it; of a commit, when it is made, before the answer."""
 
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
@@ -63,7 +67,8 @@ class Fault:
 
 class Hub:
     """The servers: `url` is the hub, `storage` the other host that large files come from. `asked` has every request as
-    (host, path, headers); `faults` those to come, by a file's base name or by "listing"."""
+    (host, path, headers); `faults` those to come, by a file's base name, by its sha256 as it is sent, or by "listing",
+    "card" or "commit". `stored` has what was sent to large-file storage."""
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
@@ -72,8 +77,12 @@ class Hub:
         self.faults: dict[str, list[Fault]] = {}
         self.listed: dict[str, dict] = {}  # by path: what the listing says otherwise
         self.blobs: dict[str, tuple[str, bytes]] = {}
+        self.stored: dict[str, bytes] = {}
+        self.owners: dict[str, set[str]] = {}  # the tokens that may make repositories of an owner's, where not all may
         self.servers = [self._serve("hub"), self._serve("storage")]
-        self.url, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        # huggingface_hub takes two ports of one name for one host
+        names = ("127.0.0.1", "localhost")
+        self.url, self.storage = (f"http://{n}:{s.server_port}" for n, s in zip(names, self.servers, strict=True))
 
     def _serve(self, host: str) -> ThreadingHTTPServer:
         handler = type("Handler", (_Handler,), {"hub": self, "host": host})
@@ -116,24 +125,31 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.huggingface()
 
+    do_HEAD = do_GET
+
     def note(self, path: str) -> None:
         self.hub.asked.append((self.host, path, {name.lower(): value for name, value in self.headers.items()}))
 
     def answer(self, status: int, body: object = None, **headers: str) -> None:
-        content = json.dumps({"error": headers.get("X_Error_Message")} if body is None else body).encode()
+        body = {"error": headers.get("X_Error_Message")} if body is None else body
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def fails(self, fault: Fault) -> bool:
         if fault.status:
             self.answer(fault.status, {"error": "a fault"}, **fault.headers)
         return fault.status is not None
 
-    def send_bytes(self, name: str, content: bytes, ranges: bool = True) -> None:
+    def send_bytes(self, name: str, content: bytes, ranges: bool = True, **headers: str) -> None:
+        if self.command == "HEAD":
+            self.answer(200, content, ETag=f'"{blob(content)}"', **headers)
+            return
         fault = self.hub.fault(name)
         if self.fails(fault):
             return
@@ -171,7 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
         words = self.words[1:] if self.words[0] == "api" else self.words
         if words[0] == "resolve-cache":
             _, name, commit, path = self.path_of_cache(words)
-            self.send_bytes(PurePosixPath(path).name, self.hub.repositories[name].commits[commit][path])
+            content = self.hub.repositories[name].commits[commit][path]
+            self.send_bytes(PurePosixPath(path).name, content, X_Repo_Commit=commit)
             return
         if len(words) < 2:  # what the library asks for beside, such as api/agent-harnesses
             self.answer(404)
@@ -195,7 +212,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest[:1] == ["resolve"]:
             self.resolve(name, there, commit, "/".join(rest[2:]), token)
         elif not self.fails(self.hub.fault("listing")):
-            self.answer(200, {"id": f"{owner}/{repository}", "sha": commit, "tags": [], "siblings": []})
+            told = {"id": f"{owner}/{repository}", "sha": commit, "tags": [], "siblings": []}
+            self.answer(200, told | {"private": there.private is not None})
 
     def tree(self, files: dict[str, bytes]) -> None:
         entries = [
@@ -225,12 +243,119 @@ class _Handler(BaseHTTPRequestHandler):
             place = quote(f"/api/resolve-cache/{name}@{commit}/{path}")
             self.answer(307, Location=place, X_Repo_Commit=commit)
         else:
-            self.send_or_redirect(path, there.commits[commit][path], True, X_Repo_Commit=commit)
+            content = there.commits[commit][path]
+            linked = {"X_Linked_Size": str(len(content)), "X_Linked_Etag": f'"{sha256(content)}"'}
+            self.send_or_redirect(path, content, True, X_Repo_Commit=commit, **linked)
 
     def path_of_cache(self, words: list[str]) -> tuple[str, str, str, str]:
         name, _, rest = "/".join(words[1:]).partition("@")
         commit, _, path = rest.partition("/")
         return words[0], name, commit, path
+
+    # the same, written to
+
+    def do_POST(self) -> None:
+        self.words = unquote(urlsplit(self.path).path).strip("/").split("/")
+        self.note(self.path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in self.hub.tokens:
+            self.answer(401, X_Error_Message="Invalid credentials in Authorization header")
+        elif self.words == ["api", "validate-yaml"]:
+            if not self.fails(self.hub.fault("card")):
+                self.answer(200, {"warnings": [], "errors": []})
+        elif self.words == ["api", "repos", "create"]:
+            self.create(token, json.loads(body))
+        elif self.words[0] == "verify":
+            self.answer(200 if self.words[1] in self.hub.stored else 404)
+        else:
+            self.write(token, body)
+
+    def create(self, token: str, asked: dict) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        if token not in self.hub.owners.get(asked["organization"], {token}):
+            said = f"You don't have the rights to create a model under the namespace {asked['organization']}"
+            self.answer(403, X_Error_Message=said)
+        elif name in self.hub.repositories:
+            said = "You already created this model repo"
+            self.answer(409, {"error": said, "url": f"{self.hub.url}/{name}"}, X_Error_Message=said)
+        else:
+            private = {token} if asked.get("visibility") == "private" else None
+            self.hub.repositories[name] = Repository(private=private)
+            self.hub.repositories[name].push({".gitattributes": b"*.safetensors filter=lfs"})
+            self.answer(200, {"url": f"{self.hub.url}/{name}"})
+
+    def write(self, token: str, body: bytes) -> None:
+        words = self.words[2:] if self.words[0] == "api" else self.words
+        owner, repository, *rest = words
+        repository = repository.removesuffix(".git")
+        there = self.hub.repositories.get(f"{owner}/{repository}")
+        if there is None:
+            self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+        elif token not in (there.writers or {token}):
+            self.answer(403, X_Error_Message=f"Forbidden: pass a token with write access ({token})")
+        elif rest[0] == "preupload":
+            files = there.commits[there.branches["main"]]
+            answers = []
+            for file in json.loads(body)["files"]:
+                held = files.get(file["path"])
+                large = file["size"] >= LFS_BYTES
+                oid = None if held is None else sha256(held) if len(held) >= LFS_BYTES else blob(held)
+                mode = {"uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+                answers.append({"path": file["path"], "oid": oid, **mode})
+            self.answer(200, {"files": answers})
+        elif rest[0] == "commit":
+            self.commit(f"{owner}/{repository}", there, body)
+        else:
+            objects = [self.wanted(one["oid"], one["size"]) for one in json.loads(body)["objects"]]
+            self.answer(200, {"transfer": "basic", "objects": objects})
+
+    def wanted(self, oid: str, size: int) -> dict:
+        """Where to send an object; nowhere, when it is there already."""
+        if oid in self.hub.stored:
+            return {"oid": oid, "size": size}
+        upload = {"href": f"{self.hub.storage}/{oid}?Signature=SIGNED"}
+        actions = {"upload": upload, "verify": {"href": f"{self.hub.url}/verify/{oid}"}}
+        return {"oid": oid, "size": size, "actions": actions}
+
+    def do_PUT(self) -> None:
+        """A file's bytes into the storage."""
+        self.note(self.path)
+        name = urlsplit(self.path).path.strip("/")
+        size = int(self.headers["Content-Length"])  # as storage like Amazon's asks for
+        fault = self.hub.fault(name)
+        content = self.rfile.read(size if fault.cut_after is None else fault.cut_after)
+        if fault.cut_after is not None:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif not self.fails(fault):
+            self.hub.stored[sha256(content)] = content
+            self.answer(200)
+
+    def commit(self, name: str, there: Repository, body: bytes) -> None:
+        fault = self.hub.fault("commit")
+        if self.fails(fault):
+            return
+        lines = [json.loads(line) for line in body.splitlines()]
+        head = there.branches["main"]
+        if lines[0]["value"].get("parentCommit", head) != head:
+            self.answer(412, X_Error_Message="A commit has happened since. Please refresh and try again.")
+            return
+        files = dict(there.commits[head])
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.stored[value["oid"]]
+            else:
+                del files[value["path"]]
+        commit = there.push(files)
+        if fault.cut_after is not None:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self.answer(200, {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}"})
 
     # ModelScope
 
