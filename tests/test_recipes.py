@@ -8,11 +8,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 import ruamel.yaml
+from huggingface_hub import constants
 
 from stages.params import load
 from stages.refusal import Refusal
@@ -160,7 +160,7 @@ def server(monkeypatch):
         monkeypatch.setenv(name, server.url)
     for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "HF_HUB_OFFLINE", "MODELSCOPE_DOMAIN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     yield server
     server.close()
 
