@@ -25,7 +25,9 @@ from stages import refusal, train
 from stages.models import ranks
 
 def step(self, model, taken, *more, training_step=train.Trainer.training_step):
-    Path(f"process{self.ranks.number}").write_text(str(os.getpid()))
+    written = Path(f"partial{self.ranks.number}")
+    written.write_text(str(os.getpid()))
+    written.replace(f"process{self.ranks.number}")  # a kill must not leave it empty
     with Path(f"packs{self.ranks.number}").open("a") as file:
         file.write(json.dumps([self.state.global_step, sum(map(len, taken.packs))]) + "\\n")
     what, number, at = os.environ.get("WHAT", "none:0:0").split(":")
