@@ -39,7 +39,7 @@ except ModuleNotFoundError as missing:
 T = TypeVar("T")
 
 BASE, RAW, ADAPTER, MERGED = Path("models/base"), Path("data/raw"), Path("models/adapter"), Path("models/merged")
-ANSWER_SECONDS = 3.5  # how long a hub or an index is waited for
+ANSWER_SECONDS = 3.0  # how long a hub or an index is waited for
 ROWS = 20  # of the data, read through the task
 READ_BYTES = 64 << 20  # a .json file is read as a whole: a larger one takes too long
 UNPACKED = 4  # times a GGUF file's size that its weights take in 16 bits; 4.5 bits each is the least that is opened
