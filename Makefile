@@ -1,19 +1,23 @@
-# make run    the pipeline, from an empty folder to metrics/report.html
-# make test   the tests
-# make lint   the linter
-# make lock   requirements.in into requirements.txt, each package at its newest
+# make run      the pipeline, from an empty folder to metrics/report.html; what DVC's default remote, where there is one,
+#               holds of it is not run again
+# make install  the environment alone, .venv
+# make test     the tests
+# make lint     the linter
+# make lock     requirements.in into requirements.txt, each package at its newest
 # Another Python than python3: make run PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: run test lint lock
+.PHONY: run install test lint lock
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED)
 	@$(BIN)/python -m tools.doctor
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro $$($(BIN)/dvc config core.remote > /dev/null 2>&1 && echo --pull)
+
+install: $(INSTALLED)
 
 test: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest

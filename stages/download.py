@@ -5,7 +5,6 @@ python -m stages.download data data/raw
 """
 
 import importlib
-import json
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from stages.outputs import new_folder, write_json
 from stages.refusal import Refusal, run
 from stages.sources import kept
 from stages.sources.provenance import Provenance, checksums
+from stages.sources.weights import refuse_broken, settings
 
 PROVENANCE = "provenance.json"
 TEMPLATES = Path(__file__).parent / "models" / "templates"
@@ -66,6 +66,7 @@ def model(section: params.Model, folder: Path) -> Provenance:
     open_gguf(folder)
     if not (folder / "config.json").is_file():
         raise Refusal(f"{', '.join(provenance.files)}: is no model; fetch a .gguf file or a folder with a config.json")
+    refuse_broken(folder)
     if template:
         shutil.copyfile(template, folder / "chat_template.jinja")
     refuse_without_template(folder)
@@ -105,7 +106,7 @@ def open_gguf(folder: Path) -> None:
 def refuse_without_template(folder: Path) -> None:
     """Raise Refusal when a conversation could not be written in the model's own form."""
     config = folder / "tokenizer_config.json"
-    inside = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    inside = settings(config, config.name).get("chat_template")
     if not inside and not (folder / "chat_template.jinja").is_file():
         known = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
         raise Refusal(f"params.yaml: the model brings no chat template; set model.chat_template to one of: {known}")
@@ -114,26 +115,28 @@ def refuse_without_template(folder: Path) -> None:
 def name_terminator(folder: Path) -> None:
     """Put the token that the chat template ends an answer with among those that end one, in generation_config.json:
     a pretrained checkpoint names the end of the text alone, and a model that was tuned would go on after its answer."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer  # takes a second that no data needs
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    # what transformers makes of files that are not a tokenizer's, as it comes upon them
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
         problem = str(error).strip().split("\n")[0]
         raise Refusal(f"the model's tokenizer cannot be opened ({problem}); bring its tokenizer.json") from None
     turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
     try:
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("Answer")[2]
-    except TemplateError:  # encode says of which row
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError):  # encode says of which row
         return
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     ends = [token for token in tokenizer(after, add_special_tokens=False).input_ids if token in special][:1]
     file = folder / "generation_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    known = settings.get("eos_token_id", tokenizer.eos_token_id)
+    found = settings(file, file.name)
+    known = found.get("eos_token_id", tokenizer.eos_token_id)
     stops = known if isinstance(known, list) else [known] if known is not None else []
-    if [*stops, *ends] and (set(ends) - set(stops) or "eos_token_id" not in settings):
-        write_json(file, settings | {"eos_token_id": [*stops, *(end for end in ends if end not in stops)]})
+    if [*stops, *ends] and (set(ends) - set(stops) or "eos_token_id" not in found):
+        write_json(file, found | {"eos_token_id": [*stops, *(end for end in ends if end not in stops)]})
 
 
 if __name__ == "__main__":

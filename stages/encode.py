@@ -21,12 +21,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages import conversation
 from stages.conversation import SIDES, Conversation
-from stages.outputs import new_folder, write_json
+from stages.outputs import new_folder, refuse_without_room, write_json
 from stages.params import load
 from stages.refusal import Refusal, run
 
 IGNORED = -100  # the label of a token that the loss leaves out; torch's own default
 ROWS_AT_ONCE = 1000
+TOKENS_SHARE = 0.1  # of the conversations' bytes, at least: the default run's, whose rows carry their tables
 SCHEMA = pyarrow.schema(
     [
         ("id", pyarrow.string()),
@@ -97,7 +98,7 @@ class Encoder:
             messages = [first | {"content": f"{system['content'].strip()}\n\n{first['content']}"}, *others]
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
-        except TemplateError as error:
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise Refusal(f"{row.where}: the chat template refuses the row: {error}") from None
 
     def _row(self, row: Conversation, turns: list[tuple[list[int], list[int]]]) -> Encoded:
@@ -133,7 +134,7 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     turns = [{"role": "system", "content": "system text"}, {"role": "user", "content": "x"}]
     try:
         return "system text" in tokenizer.apply_chat_template(turns, tokenize=False)
-    except TemplateError:
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError):
         return False
 
 
@@ -208,6 +209,8 @@ def main(arguments: list[str]) -> None:
             sample.extend(marked(row, tokenizer) for row in kept[: 5 - len(sample)])
             yield kept
 
+    texts = sum(path.stat().st_size for path in conversations.glob("*.jsonl"))
+    refuse_without_room(out, int(TOKENS_SHARE * texts))
     with new_folder(out) as folder:
         for name in SIDES:
             write(folder / f"{name}.parquet", encoded(name))

@@ -29,7 +29,7 @@ from stages.models.load import load_model, mean_loss, row_losses
 from stages.models.machine import Resolved, resolve
 from stages.outputs import write_json, write_jsonl
 from stages.params import Params, load
-from stages.refusal import die_with_parent, run
+from stages.refusal import Refusal, die_with_parent, run
 
 
 def stops_of(folder: Path) -> set[int]:
@@ -114,6 +114,9 @@ def main(arguments: list[str]) -> None:
     model = load_model(folder, machine.device, machine.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     losses = row_losses(model, [encoded[row.id] for row in rows], machine.tokens_per_pack)
+    wrong = [row.where for row in rows if not math.isfinite(losses[row.id][0])]
+    if wrong:
+        raise Refusal(f"{folder}: the loss on {wrong[0]} is not finite; see to the weights")
     prompts = [encoded[row.id]["input_ids"][: encoded[row.id]["prompt_tokens"]] for row in rows]
     generating = time.monotonic()
     with tqdm(total=len(rows), unit="answer", file=sys.stderr, mininterval=1.0) as bar:

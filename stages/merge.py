@@ -6,6 +6,7 @@ python -m stages.merge models/base models/adapter data/tokens/test.parquet model
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
 
 import functools
+import math
 import shutil
 import sys
 import time
@@ -23,7 +24,7 @@ from stages.models.merging import Uncovered, give_buffers, plan, read_weights, w
 from stages.models.packs import pack
 from stages.models.quantized import round_weights
 from stages.models.streamed import in_step
-from stages.outputs import new_folder, write_json
+from stages.outputs import new_folder, refuse_without_room, write_json
 from stages.params import load
 from stages.refusal import Refusal, run
 
@@ -126,12 +127,17 @@ def main(arguments: list[str]) -> None:
     machine = resolve(params.machine)
     rows = pyarrow.parquet.read_table(tokens).slice(0, params.merge.rows).to_pylist()
     quantize = params.lora.quantize
+    refuse_without_room(out, sum(path.stat().st_size for path in base.glob("*.safetensors")))
     before = answers_logits(base, adapter, rows, machine, quantize)
     onto = quantize if params.merge.onto == "trained" else None
     with new_folder(out) as folder:
         write_model(base, adapter, folder, params.merge.max_shard_size, machine.device, onto)
         after = answers_logits(folder, None, rows, machine)
         found = compare(before, after)
+        if not math.isfinite(found["max_kl"]):
+            raise Refusal(
+                f"{base}: gives what is no number on a test row, with the adapter or merged; see to its weights"
+            )
         if found["max_kl"] > params.merge.max_kl:
             raise Refusal(
                 f"the merged model is not the one that was trained: KL {found['max_kl']} nats a token at worst, "

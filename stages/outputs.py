@@ -9,6 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stages.refusal import SPARE_BYTES, Refusal
+
+
+def refuse_without_room(path: Path, needed_bytes: int) -> None:
+    """Raise Refusal, before the work, where the disk that `path` will be on has no room for so much more."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes + SPARE_BYTES:
+        raise Refusal(
+            f"{path}: {size(needed_bytes)} are to be written, and its disk has {size(free)} left; "
+            "free some room: python -m tools.prune shows what can go"
+        )
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.2 GB, 340 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:

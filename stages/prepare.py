@@ -19,7 +19,7 @@ import numpy as np
 
 from stages import rows
 from stages.conversation import SIDES, Conversation, Stored
-from stages.outputs import new_folder, write_json, write_jsonl
+from stages.outputs import new_folder, refuse_without_room, write_json, write_jsonl
 from stages.params import Prepare, load
 from stages.refusal import Refusal, run
 
@@ -139,6 +139,8 @@ def main(arguments: list[str]) -> None:
     params = load()
     task = importlib.import_module(f"stages.tasks.{params.task.name}")
     files = {name: rows.read(raw / file) for name, file in params.task.files().items()}
+    sources = [raw / file for file in params.task.files().values()]
+    refuse_without_room(out, sum(path.stat().st_size for path in sources if path.is_file()))
     with new_folder(out) as folder:
         gathered, refused = folder / "gathered.jsonl", folder / "unusable.txt"
         keys = gather(task.conversations(files, params.task), params.prepare, gathered, refused)

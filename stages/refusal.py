@@ -18,17 +18,19 @@ PDEATHSIG = 1  # PR_SET_PDEATHSIG, sys/prctl.h
 LAST_SECONDS = 10  # from a signal to the end of what does not end by itself
 SPARE_BYTES = 32 << 20
 GO_ON = "; go on with: dvc repro" if "DVC_STAGE" in os.environ else ""
-DISK_FULL = f"free some room, for instance with: dvc gc --workspace{GO_ON.replace(';', ', and')}"
+DISK_FULL = f"free some room: python -m tools.prune shows what can go{GO_ON.replace(';', ', then')}"
 # Libraries written in Rust, C or C++ have errors of their own for it.
 NO_ROOM = re.compile("No space left on device|Disk quota exceeded|os error 28|StorageFull|disk is full")
 NO_MEMORY = re.compile("can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
 
 
 class Refusal(Exception):
-    """What is wrong, where (file, row, field), and what to do about it, in one line."""
+    """What is wrong, where (file, row, field), and what to do about it, in one line that a terminal can show: what
+    libraries quote of a file may hold anything."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        line = " ".join(super().__str__().split())
+        return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -38,7 +38,7 @@ from trl import SFTConfig, SFTTrainer
 
 from stages import timing
 from stages.models.attention import takes_flash
-from stages.models.checkpoints import Checkpoint, Run, checksums, opened, surroundings
+from stages.models.checkpoints import KEPT, Checkpoint, Run, checksums, opened, surroundings
 from stages.models.families import family
 from stages.models.graphs import Graphs, compile_pieces, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
@@ -60,7 +60,7 @@ from stages.models.state import (
 )
 from stages.models.trackers import refuse_missing, started
 from stages.models.watch import Gauges, Telemetry, Watch
-from stages.outputs import new_file, new_folder, write_json
+from stages.outputs import new_file, new_folder, refuse_without_room, write_json
 from stages.params import Params, Train, load
 from stages.refusal import Refusal, run
 
@@ -429,6 +429,11 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         trainable = token_ids(tokenizer, params.lora.trainable_tokens)
         model = add_adapters(model, params.lora, params.train.seed, trainable)
+        if ranks.first:
+            bytes_trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+            refuse_without_room(out, bytes_trained)
+            # a checkpoint is the adapter with AdamW's two moments, and one more is there while it is written
+            refuse_without_room(run.folder, 3 * bytes_trained * (KEPT + 1))
         fuse(model)
         if machine.device == "cuda":
             compile_pieces(model.get_base_model())

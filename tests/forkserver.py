@@ -6,11 +6,15 @@ Nothing of `stages` is imported before the fork: each call runs the code as it s
 """
 
 import array
+import contextlib
 import json
 import os
+import shutil
+import signal
 import socket
 import sys
 import threading
+import types
 from pathlib import Path
 
 CLIENT = """#!{python} -SE
@@ -74,6 +78,32 @@ def _answer(connection: socket.socket) -> None:
     os._exit(0)
 
 
+def _beset(trouble: str | None) -> None:
+    """Have `trouble` befall a stage that has written an output and is about to put it into its place: a signal's name;
+    memory, which runs out; room, of which there is none from the beginning on but what is kept for DVC."""
+    if trouble is None:
+        return
+    from stages import outputs, refusal
+
+    if trouble == "room":
+        shutil.disk_usage = lambda path: types.SimpleNamespace(free=refusal.SPARE_BYTES)
+        return
+
+    def beset(opened):
+        @contextlib.contextmanager
+        def new(path: Path):
+            with opened(path) as partial:
+                yield partial
+                if trouble == "memory":
+                    bytearray(1 << 62)
+                else:
+                    os.kill(os.getpid(), signal.Signals[trouble])
+
+        return new
+
+    outputs.new_file, outputs.new_folder = beset(outputs.new_file), beset(outputs.new_folder)
+
+
 def _run(call: dict) -> None:
     import runpy
 
@@ -83,6 +113,7 @@ def _run(call: dict) -> None:
     assert call["arguments"][0] == "-m"
     sys.argv = call["arguments"][1:]
     sys.path[0] = call["folder"]
+    _beset(os.environ.get("TROUBLE"))
     status = 1  # python's own for a trace, which the hook prints
     sys.excepthook = lambda *error: (sys.__excepthook__(*error), sys.stderr.flush(), os._exit(status))
     try:

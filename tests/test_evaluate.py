@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import encode, evaluate, prepare
@@ -151,3 +153,16 @@ def test_rows_split_over_several_devices_are_answered_and_scored_the_same(stage)
 def test_an_engine_that_is_not_installed_is_refused_with_what_to_install(stage):
     with pytest.raises(Refusal, match="vllm, which is not installed; set it to batches"):
         stage(**{"machine.engine": "vllm"})
+
+
+def test_a_loss_that_is_no_number_is_refused_and_leaves_no_answers(stage, tiny_model):
+    stage()
+    for name in ("data/answers/base.jsonl", "metrics/base.json"):
+        Path(name).unlink()
+    shutil.copytree(tiny_model, "broken")
+    weights = load_file("broken/model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, "broken/model.safetensors", {"format": "pt"})
+    with pytest.raises(Refusal, match=r"^broken: the loss on mine.jsonl line \d+ is not finite"):
+        evaluate.main(["broken", *ARGUMENTS])
+    assert not Path("data/answers/base.jsonl").exists() and not Path("metrics/base.json").exists()

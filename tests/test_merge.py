@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from stages import encode, merge
@@ -195,3 +196,12 @@ def test_4_bit_values_are_sixteen_to_a_block_and_leave_head_and_embedding_alone(
     assert not torch.equal(weight, plain.model.layers[0].mlp.gate_proj.weight)
     assert torch.equal(rounded.lm_head.weight, plain.lm_head.weight)
     assert torch.equal(rounded.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+
+
+def test_weights_that_are_no_numbers_are_refused_and_leave_no_model(stage):
+    weights = load_file("base/model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")  # no linear layer's, which the merge itself looks at
+    save_file(weights, "base/model.safetensors", {"format": "pt"})
+    with pytest.raises(Refusal, match=r"^base: gives what is no number on a test row"):
+        stage()
+    assert not Path("models/merged").exists() and not Path("metrics/merge.json").exists()

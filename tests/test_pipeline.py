@@ -390,10 +390,13 @@ def test_a_training_rows_answer_leaves_the_base_models_evaluation_alone_where_no
     assert "evaluate@base" not in ran
 
 
-def test_a_forced_rerun_leaves_the_lock_as_it_was(pipeline):
+def test_a_forced_rerun_leaves_the_lock_as_it_was(pipeline, record_property):
     before = (pipeline.folder / "dvc.lock").read_text()
     assert pipeline.repro("-f") == STAGES
-    assert (pipeline.folder / "dvc.lock").read_text() == before
+    after = (pipeline.folder / "dvc.lock").read_text()
+    record_property("repro_twice", 1)
+    record_property("repro_twice_identical", int(after == before))
+    assert after == before
 
 
 def test_large_outputs_do_not_exist_twice(pipeline):
@@ -481,3 +484,63 @@ def test_a_stage_that_is_killed_leaves_nothing_in_the_cache_and_repro_goes_on(pi
     assert not (pipeline.folder / "models/adapter").exists()
     said = pipeline.dvc("repro", "train")
     assert re.search(r"going on after step \d+ of", said) and running(said) == {"train"}
+
+
+# the outputs of a stage that fails are gone, and those after it could not begin
+LAST_FIRST = ["report", "evaluate@tuned", "merge", "train", "encode", "prepare", "download@data", "download@model"]
+
+
+def cached(pipeline: Clone) -> set[Path]:
+    return {path for path in (pipeline.folder / ".dvc/cache").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("trouble", "line"),
+    [
+        ("SIGTERM", "error: stopped by SIGTERM; go on with: dvc repro"),
+        ("SIGINT", "error: stopped by SIGINT; go on with: dvc repro"),
+        ("SIGKILL", "exited with"),
+        ("memory", "error: memory ran out"),
+    ],
+)
+def test_what_befalls_any_stage_leaves_nothing_in_the_cache_and_one_command_goes_on(
+    pipeline, trouble, line, monkeypatch
+):
+    lock, before = (pipeline.folder / "dvc.lock").read_text(), cached(pipeline)
+    monkeypatch.setitem(pipeline.environment, "TROUBLE", trouble)
+    for stage in LAST_FIRST:
+        said = pipeline.dvc("repro", "--force", "--single-item", stage, status=255)
+        assert line in said and "Traceback" not in said, said
+        assert (pipeline.folder / "dvc.lock").read_text() == lock and cached(pipeline) == before
+    assert trouble == "SIGKILL" or not list(pipeline.folder.glob("[!.]*/**/.*.partial"))
+    monkeypatch.delitem(pipeline.environment, "TROUBLE")
+    assert pipeline.repro() == set()  # all comes out of the cache
+    assert (pipeline.folder / "dvc.lock").read_text() == lock
+    assert "up to date" in pipeline.dvc("status")
+
+
+def test_a_stage_that_writes_much_asks_for_room_before_it_writes(pipeline, monkeypatch):
+    monkeypatch.setitem(pipeline.environment, "TROUBLE", "room")
+    for stage in LAST_FIRST[2:]:
+        said = pipeline.dvc("repro", "--force", "--single-item", stage, status=255)
+        assert "are to be written, and its disk has 33.6 MB left; free some room" in said, said
+
+
+def test_ctrl_c_at_the_terminal_ends_dvc_and_its_stage(pipeline):
+    lock = (pipeline.folder / "dvc.lock").read_text()
+    before = set(pipeline.folder.glob(".runs/*/step*"))
+    pipeline.set(train__epochs=200.0, machine__checkpoint_minutes=1e-9)
+    environment = pipeline.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # no stand-in
+    repro = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "train"],
+        cwd=pipeline.folder, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not set(pipeline.folder.glob(".runs/*/step*")) - before:
+        assert repro.poll() is None
+        time.sleep(0.02)
+    os.killpg(repro.pid, signal.SIGINT)
+    said = repro.communicate(timeout=60)[0]
+    assert repro.returncode == 255 and "error: stopped by SIGINT; go on with: dvc repro" in said, said
+    assert (pipeline.folder / "dvc.lock").read_text() == lock and not (pipeline.folder / "models/adapter").exists()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(repro.pid, 0)

@@ -29,6 +29,7 @@ KEPT = 2  # the newest may turn out damaged
 KEPT_DAYS = 7  # what no training has gone on with for so long is deleted
 AT_LEAST_SECONDS = 60.0
 SHARE = 0.01  # of the time, at most, that writing takes where the interval is chosen here
+DOWNLOADS = "downloads"  # in .runs too, and download's own affair
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
 CODE = Path(__file__).parent.parent
 # What libraries read from the environment that changes how sums are rounded.
@@ -137,15 +138,15 @@ def opened(out: Path, decisive: dict[str, Any], interval_minutes: float | str) -
     place = sha256(str(out.resolve()).encode())[:32]
     runs.mkdir(exist_ok=True)
     with (
-        _locked(runs / f"{place}.lock", f"{out}: another training writes to it"),
-        _locked(runs / f"{name}.lock", f"{out}: another training makes the very same adapter"),
+        locked(runs / f"{place}.lock", f"{out}: another training writes to it"),
+        locked(runs / f"{name}.lock", f"{out}: another training makes the very same adapter"),
     ):
         _delete_old(runs)
         yield Run(runs / name, interval_minutes)
 
 
 @contextlib.contextmanager
-def _locked(path: Path, busy: str) -> Iterator[None]:
+def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock that the kernel gives up when this process ends, however it ends."""
     with path.open("a+") as file:
         try:
@@ -167,8 +168,8 @@ def _delete_old(runs: Path) -> None:
     before = time.time() - KEPT_DAYS * 86400
     for path in runs.iterdir():
         with contextlib.suppress(Refusal, FileNotFoundError):
-            if path.is_dir() and path.stat().st_mtime < before:
-                with _locked(runs / f"{path.name}.lock", "in use"):
+            if path.is_dir() and path.name != DOWNLOADS and path.stat().st_mtime < before:
+                with locked(runs / f"{path.name}.lock", "in use"):
                     shutil.rmtree(path)
 
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import modeling_gguf_pytorch_utils as legacy
 from transformers.integrations.gguf import read_gguf_metadata
 
-from stages.outputs import write_json
+from stages.outputs import refuse_without_room, write_json
 from stages.refusal import Refusal
 
 OPENED = {"gemma3": "llama", "llama": "smollm"}  # architectures, each with the kind of its vocabulary
@@ -29,12 +29,13 @@ END_OF_TURN = "<end_of_turn>"
 
 def dequantize(gguf_file: Path, folder: Path) -> None:
     """Write the model of `gguf_file` into `folder` as bfloat16 safetensors; raises Refusal when it is another kind."""
-    metadata = _metadata(gguf_file)
+    metadata, tokenizer = read(gguf_file)
+    elements = sum(int(tensor.n_elements) for tensor in _ShortFields(gguf_file).tensors)
+    refuse_without_room(folder.parent, 2 * elements)
+    gemma = metadata["general.architecture"] == "gemma3"
     print(f"de-quantizing {gguf_file.name}: about 30 s, once", file=sys.stderr)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    gemma = metadata["general.architecture"] == "gemma3"
-    tokenizer = _gemma_tokenizer(metadata) if gemma else _smollm_tokenizer(metadata)
     tokenizer.save_pretrained(folder)
     # transformers looks GGUFReader up anew each time, and its progress bar knows no switch
     with _instead(gguf, "GGUFReader", _ShortFields), _instead(legacy, "tqdm", lambda tensors, desc: tensors):
@@ -55,12 +56,22 @@ def dequantize(gguf_file: Path, folder: Path) -> None:
     _forget(folder / "generation_config.json", "_from_model_config")
 
 
+def read(gguf_file: Path) -> tuple[dict[str, Any], transformers.PreTrainedTokenizerBase]:
+    """What the file says of its model, and the tokenizer made of that; raises Refusal as `dequantize` does."""
+    metadata = _metadata(gguf_file)
+    try:
+        gemma = metadata["general.architecture"] == "gemma3"
+        return metadata, _gemma_tokenizer(metadata) if gemma else _smollm_tokenizer(metadata)
+    except KeyError as error:
+        raise Refusal(f"{gguf_file.name}: does not hold {error.args[0]}; fetch it again") from None
+
+
 def _metadata(gguf_file: Path) -> dict[str, Any]:
     try:
         metadata, _ = read_gguf_metadata(str(gguf_file), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
         _ShortFields(gguf_file)  # reads to the last tensor
-    except (ValueError, struct.error, IndexError) as error:
-        problem = str(error).replace(str(gguf_file), "it")
+    except (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, struct.error) as error:
+        problem = str(error).replace(str(gguf_file), "it") or type(error).__name__
         raise Refusal(f"{gguf_file.name}: is not a whole GGUF file ({problem}); fetch it again") from None
     architecture, vocabulary = metadata["general.architecture"], metadata.get("tokenizer.ggml.model")
     if vocabulary == "gpt2":  # of which there are many, told apart by how they cut a text before it is merged

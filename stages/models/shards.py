@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ELEMENTS_PER_BLOCK = 1 << 20  # its sums in float32 stay in the processor's cache, and the disk does not ask for more
@@ -66,7 +67,9 @@ def _fill(file, block: torch.Tensor) -> None:
 
 
 def stored(path: Path) -> dict[str, Stored]:
-    """What a file holds, by name."""
+    """What a file holds, by name; raises SafetensorError where it is not whole."""
+    with safe_open(path, "pt"):  # the library looks at every number of the header
+        pass
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -106,7 +106,9 @@ def _ask(api: huggingface_hub.HfApi, spec: Spec, call):
                 raise transfer.asked_to_wait(error.response) from None
             raise _explain(api, spec, error.response) from None
         except httpx.RequestError as error:
-            raise transfer.Again(f"{api.endpoint} cannot be reached ({type(error).__name__})") from None
+            raise transfer.Again(
+                f"{repository.shown(api.endpoint)} cannot be reached ({type(error).__name__})"
+            ) from None
 
     return transfer.patiently(spec.repository, attempt)
 
@@ -134,7 +136,7 @@ def _explain(api: huggingface_hub.HfApi, spec: Spec, response: httpx.Response) -
         )
     if response.status_code in (401, 403, 404):
         return Refusal(
-            f"{spec.repository}: there is no such repository at {api.endpoint}, or it is private; correct "
-            f"fetch.repository in params.yaml, or set HF_TOKEN to a token from {tokens} that may read it"
+            f"{spec.repository}: there is no such repository at {repository.shown(api.endpoint)}, or it is private; "
+            f"correct fetch.repository in params.yaml, or set HF_TOKEN to a token from {tokens} that may read it"
         )
     return Refusal(f"{spec.repository}: {response.url.host} answers {response.status_code}; try again later")

@@ -15,6 +15,11 @@ from stages.refusal import Refusal
 LOCK = ".lock"
 
 
+def name(source: str, origin: str) -> str:
+    """What to keep `origin`, owner/name@commit, of a source under."""
+    return f"{source}--{origin.replace('/', '--')}"
+
+
 def place(name: str) -> Path:
     """The folder kept under `name`. DVC_ROOT is the main repository, in a temporary copy of it too."""
     return Path(os.environ.get("DVC_ROOT", ".")) / ".runs/downloads" / name

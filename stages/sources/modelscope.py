@@ -130,7 +130,9 @@ def _ask(http: httpx.Client, spec: Spec, url: str) -> Listing:
         try:
             response = http.get(url)
         except httpx.RequestError as error:
-            raise transfer.Again(f"{_endpoint()} cannot be reached ({type(error).__name__})") from None
+            raise transfer.Again(
+                f"{repository.shown(_endpoint())} cannot be reached ({type(error).__name__})"
+            ) from None
         if response.status_code in transfer.PASSING:
             raise transfer.asked_to_wait(response)
         if response.status_code != 200:
@@ -139,7 +141,7 @@ def _ask(http: httpx.Client, spec: Spec, url: str) -> Listing:
             listing = Listing.model_validate(response.json()["Data"])
         except (ValueError, KeyError, TypeError, ValidationError):
             raise Refusal(
-                f"{spec.repository}: {_endpoint()} answers with what is no listing; is it the site?"
+                f"{spec.repository}: {repository.shown(_endpoint())} answers with what is no listing; is it the site?"
             ) from None
         if listing.Files is None:
             raise Refusal(f"{spec.repository}: has no revision {spec.revision}; correct fetch.revision in params.yaml")
@@ -156,7 +158,8 @@ def _remote(spec: Spec, entry: Entry) -> Remote:
 def _explain(spec: Spec, response: httpx.Response) -> Refusal:
     """A status that no later attempt will change, in the words of who has to change something."""
     name = spec.repository if repository.is_dataset(spec.repository) else f"models/{spec.repository}"
-    page, tokens = f"{_endpoint()}/{name}", f"{SITE}/my/myaccesstoken"
+    site, tokens = repository.shown(_endpoint()), f"{SITE}/my/myaccesstoken"
+    page = f"{site}/{name}"
     has_token = repository.token("MODELSCOPE_API_TOKEN") is not None
     if response.status_code in (401, 403) and not has_token:
         return Refusal(
@@ -165,7 +168,7 @@ def _explain(spec: Spec, response: httpx.Response) -> Refusal:
         )
     if response.status_code == 401:
         return Refusal(
-            f"{spec.repository}: {urlsplit(_endpoint()).netloc} does not know the token in MODELSCOPE_API_TOKEN; "
+            f"{spec.repository}: {urlsplit(site).netloc} does not know the token in MODELSCOPE_API_TOKEN; "
             f"make one at {tokens}"
         )
     if response.status_code == 403:
@@ -175,7 +178,7 @@ def _explain(spec: Spec, response: httpx.Response) -> Refusal:
         )
     if response.status_code == 404:
         return Refusal(
-            f"{spec.repository}: there is no such repository at {_endpoint()}, or it is private, or it has no revision "
+            f"{spec.repository}: there is no such repository at {site}, or it is private, or it has no revision "
             f"{spec.revision}; correct fetch in params.yaml, or set MODELSCOPE_API_TOKEN"
         )
     return Refusal(f"{spec.repository}: {response.url.host} answers {response.status_code}; try again later")

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from stages.outputs import refuse_without_room
 from stages.params import Section
 from stages.refusal import Refusal
 from stages.sources.provenance import Announced, Provenance, Sha256, checksum, checksums
@@ -31,7 +32,9 @@ class Spec(Section):
 def fetch(spec: Spec, folder: Path) -> Provenance:
     """Copy what `spec` names into `folder`; raises Refusal, with nothing copied, when it is not fit for use."""
     path = Path(spec.path)
-    for file in _files(spec, hashed=True):
+    files = _files(spec, hashed=True)
+    refuse_without_room(folder.parent, sum(file.stat().st_size for file in files))
+    for file in files:
         shutil.copyfile(file, folder / file.name)
     origin = path.name if path.is_absolute() else path.as_posix()
     return Provenance(source="path", origin=[origin], files=checksums(folder))

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import httpx
 from pydantic import Field
@@ -68,6 +69,12 @@ def token(variable: str) -> str | None:
     return value or None
 
 
+def shown(address: str) -> str:
+    """An address without the name and password that it may hold, for people and logs to read."""
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
 def unpinned(spec: Section, commit: str) -> Refusal:
     """The answer to a branch or tag. Were it followed, the same params.yaml would fetch other files on another day, and
     DVC, which looks at params.yaml, could not know."""
@@ -86,7 +93,8 @@ def fetch(
 ) -> Provenance:
     """Fill `folder` with those of the `listed` files, each called by its path, that `spec` asks for."""
     chosen = _choose(spec, listed)
-    place = kept.place(f"{spec.source}--{spec.repository.replace('/', '--')}@{spec.revision}")
+    origin = f"{spec.repository}@{spec.revision}"
+    place = kept.place(kept.name(spec.source, origin))
     with kept.held(place):
         # what tells whether the weights are wanted comes before them
         files = transfer.fetch([r for r in chosen if not r.name.endswith(WEIGHTS)], place, folder, http, explain)
@@ -96,7 +104,6 @@ def fetch(
         if spec.files == "auto" and INDEX in files:
             chosen += _shards(spec, folder / INDEX, listed)
         files |= transfer.fetch([r for r in chosen if r.name.endswith(WEIGHTS)], place, folder, http, explain)
-    origin = f"{spec.repository}@{spec.revision}"
     return Provenance(source=spec.source, origin=[origin], files=dict(sorted(files.items())), kept=place)
 
 

@@ -20,6 +20,7 @@ from typing import TypeVar
 import httpx
 from tqdm import tqdm
 
+from stages.outputs import refuse_without_room
 from stages.refusal import Refusal
 from stages.sources.provenance import checksum
 
@@ -113,7 +114,7 @@ def fetch(
     a file that is not what its checksum says, and what `explain` makes of a status that no later attempt will change.
     """
     remotes = sorted(remotes, key=lambda remote: remote.size)  # a repository that may not be read says so at once
-    _refuse_without_room(remotes, kept)
+    refuse_without_room(kept, _missing_bytes(remotes, kept))
     total = sum(remote.size for remote in remotes)
     stop = threading.Event()
     with (
@@ -140,15 +141,9 @@ def _place(remote: Remote, kept: Path, folder: Path) -> None:
         shutil.move(kept / remote.name, folder / remote.name)
 
 
-def _refuse_without_room(remotes: list[Remote], kept: Path) -> None:
+def _missing_bytes(remotes: list[Remote], kept: Path) -> int:
     there = {path.name: path.stat().st_size for path in kept.iterdir()}
-    missing = sum(max(remote.size - there.get(remote.name, 0), 0) for remote in remotes)
-    free = shutil.disk_usage(kept).free
-    if missing > free:
-        raise Refusal(
-            f"{kept}: {missing / 1e9:.1f} GB are to come, and its disk has {free / 1e9:.1f} GB left; make room, or "
-            f"delete what else waits in {kept.parent}"
-        )
+    return sum(max(remote.size - there.get(remote.name, 0), 0) for remote in remotes)
 
 
 def _fetch(

@@ -3,9 +3,11 @@
 import configparser
 import contextlib
 import difflib
+import errno
 import os
 import re
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from typing import Annotated, Literal
 import httpx
 from pydantic import Field, model_validator
 
+from stages.outputs import refuse_without_room
 from stages.params import Section
 from stages.refusal import Refusal
 from stages.sources.provenance import Announced, Provenance, Sha256, checksum, checksums
@@ -25,6 +28,9 @@ from stages.sources.provenance import Announced, Provenance, Sha256, checksum, c
 MAX_TOTAL_BYTES = 64 << 30
 MAX_RATIO = 200
 MAX_UNCHECKED_BYTES = 64 << 20  # up to this size an archive may claim any ratio
+
+# what zipfile raises over an archive that is none, beside errors of the disk
+BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError)
 
 Member = Annotated[str, Field(min_length=1)]
 
@@ -195,16 +201,20 @@ def _take(spec: Spec, package: Package, wheel: Path, folder: Path, allowance: in
     size = 0
     try:
         with zipfile.ZipFile(wheel) as archive:
-            for member in package.members:
-                info = _entry(package, archive, member)
+            found = [(member, _entry(package, archive, member)) for member in package.members]
+            for member, info in found:
                 size += info.file_size
                 if size > allowance:
                     raise Refusal(
                         f"{package}: {member} brings the files to over {MAX_TOTAL_BYTES >> 30} GiB; take less"
                     )
+            refuse_without_room(folder.parents[1], size)  # beside the folder that is to be filled
+            for member, info in found:
                 with (folder / _target(spec, member)).open("ab") as file:
                     _unpack(package, archive, info, file)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeDecodeError) as error:
+    except (*BROKEN, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before the file's beginning
+            raise
         raise Refusal(f"{package}: the wheel is not a whole zip archive ({error}); choose another version") from None
     return size
 
