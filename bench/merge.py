@@ -37,7 +37,7 @@ from stages.models.load import load_model
 from stages.models.machine import resolve
 from stages.models.shards import ELEMENTS_PER_BLOCK, Stored, write_shard
 from stages.outputs import write_json
-from stages.params import Machine
+from stages.params import load
 
 RESULTS = Path("bench/results/merge.json")
 SHARD = "2GB"
@@ -172,7 +172,7 @@ def _born() -> float:
 def child(variant: str, base: Path, adapter: Path, out: Path) -> None:
     print(time.clock_gettime(time.CLOCK_BOOTTIME) - _born(), flush=True)
     Path("/proc/self/oom_score_adj").write_text("1000")  # where memory does not suffice, this process goes
-    machine = resolve(Machine(device="cpu", devices=1, dtype="bfloat16", tokens_per_pack="auto", rows_per_batch="auto"))
+    machine = resolve(load().machine.model_copy(update={"device": "cpu", "devices": 1, "dtype": "bfloat16"}))
     if variant == "peft":
         merge_by_peft(base, adapter, out)
     elif variant == "check":

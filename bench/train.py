@@ -161,55 +161,22 @@ def ours(
     from stages.models.lora import add_adapters
     from stages.models.machine import resolve
     from stages.models.ranks import ALONE
-    from stages.params import Lora, Machine, Train
+    from stages.params import load
 
     folder = folder_of(model)
     marks = Marks()
-    machine = resolve(
-        Machine(
-            dtype="bfloat16",
-            device="auto",
-            devices=1,
-            rendezvous=None,
-            tokens_per_pack=tokens_per_pack,
-            rows_per_batch="auto",
-            engine="batches",
-            checkpoint_minutes="auto",
-            report_to=[],
-        )
-    )
-    lora = Lora(
-        r=16,
-        alpha=16.0,
-        dropout=0.0,
-        target_modules="all-linear",
-        method="lora",
-        init="default",
-        quantize=quantize,
-        trainable_tokens=[],
-        modules_to_save=[],
-    )
+    params = load()
+    there = {"dtype": "bfloat16", "device": "auto", "devices": 1, "tokens_per_pack": tokens_per_pack}
+    machine = resolve(params.machine.model_copy(update=there))
+    lora = params.lora.model_copy(update={"r": 16, "alpha": 16.0, "dropout": 0.0, "quantize": quantize})
     adapted = add_adapters(load_model(folder, machine.device, machine.dtype, quantize=quantize), lora, 0)
     fuse(adapted)
     if machine.device == "cuda":
         compile_pieces(adapted.get_base_model())
     made = rows(rows_a_step * (WARM + MEASURED), MODELS[model].vocab_size)
-    settings = Train(
-        epochs=1.0,
-        batch_size=rows_a_step,
-        order="shuffled",
-        learning_rate=1e-4,
-        lora_plus_ratio=1.0,
-        optimizer="adamw",
-        schedule="constant",
-        warmup_ratio=0.0,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        validations=1,
-        early_stopping=None,
-        keep="last",
-        seed=0,
-    )
+    once = {"epochs": 1.0, "batch_size": rows_a_step, "order": "shuffled", "validations": 1}
+    plain = {"learning_rate": 1e-4, "lora_plus_ratio": 1.0, "schedule": "constant", "warmup_ratio": 0.0}
+    settings = params.train.model_copy(update=once | plain)
     scratch = tempfile.mkdtemp()
     run = Run(Path(scratch) / "checkpoints", 10**6)
     trainer = train.Trainer(adapted, tokenizer(), settings, machine, made, made[:2], scratch, run, None, ranks or ALONE)

@@ -241,7 +241,7 @@ def test_make_run_on_a_new_machine_fetches_base_and_rows_pulls_the_rest_and_leav
     assert "all are what they should be" in box.run(sys.executable, "-m", "tools.verify", "--remote")
 
 
-def test_where_only_the_remote_can_be_reached_it_is_one_line_and_the_results_can_be_had(
+def test_where_only_the_remote_can_be_reached_model_and_data_are_named_and_the_results_can_be_had(
     first, remote, hubs, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(hubs, "repositories", {})
@@ -250,7 +250,7 @@ def test_where_only_the_remote_can_be_reached_it_is_one_line_and_the_results_can
     installed(box)
     said = box.run("make", "run", status=2)
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "owner/tiny: there is no such repository" in errors[0] and "Traceback" not in said
+    assert errors and all("owner/" in line for line in errors) and "Traceback" not in said
     box.dvc("pull", "--allow-missing")
     assert (box.folder / "models/merged/model.safetensors").exists() and not (box.folder / "models/base").exists()
     assert running(box.dvc("repro", "--allow-missing")) == set()
@@ -428,7 +428,8 @@ def test_no_secret_of_the_environment_is_written_anywhere(first, record_property
     first.dvc("exp", "show", "--csv")
     wheel = {"package": "toy", "version": "1.0", "sha256": "0" * 64, "members": ["a"]}
     first.set(data__fetch={"source": "wheel", "packages": [wheel], "joined": None, "sha256": None})
-    assert "pip cannot download it" in first.dvc("repro", "download@data", status=255)
+    said = first.dvc("repro", "download@data", status=255)
+    assert "pip cannot download it" in said, said
     for section, source, repository in (("model", "hub", "owner/none"), ("data", "modelscope", "datasets/owner/none")):
         fetched = {"source": source, "repository": repository, "revision": "0" * 40, "files": "auto"}
         first.set(**{f"{section}__fetch": fetched})

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_tokenizer
+from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
 from stages import download, params
@@ -263,7 +264,7 @@ def own_model(**tokenizer_config) -> None:
     toy = Path("models/own/toy")
     toy.mkdir()
     (toy / "config.json").write_text("{}")
-    (toy / "model.safetensors").write_bytes(b"weights")
+    save_file({"weight": np.zeros(1)}, toy / "model.safetensors")
     (toy / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
 
 

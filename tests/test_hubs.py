@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import tokenizers
 from pydantic import ValidationError
+from safetensors.numpy import save
 
 from stages import download, params
 from stages.refusal import Refusal
@@ -22,7 +24,7 @@ from tests.hubs import Fault, Hub, Repository, blob, sha256
 ROOT = Path(__file__).parent.parent
 NAME = "owner/toy"
 CANARY = "hf_canary0123456789abcdef"
-WEIGHTS = bytes(range(256)) * 40  # 10,240 bytes
+WEIGHTS = save({"bytes": np.frombuffer(bytes(range(256)) * 40, np.uint8)})  # 10,320 bytes
 TOY = {
     "config.json": b'{"model_type": "gemma3_text"}',
     "generation_config.json": b"{}",
@@ -416,7 +418,7 @@ def test_a_small_file_that_only_git_has_a_checksum_of_is_checked_too(server, fol
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(WEIGHTS + b"more", "is longer than the 10240 bytes"), (WEIGHTS[:-1], "the connection ended early, 6 times")],
+    [(WEIGHTS + b"more", "is longer than the 10320 bytes"), (WEIGHTS[:-1], "the connection ended early, 6 times")],
 )
 def test_a_file_of_another_length_than_listed_is_refused(server, source, folder, content, said):
     commit = push(server, TOY)
@@ -474,7 +476,7 @@ def test_a_disk_without_room_is_refused_before_anything_comes(server, source, fo
     usage = transfer.shutil.disk_usage("/")._replace(free=sum(map(len, TOY.values())) - len(WEIGHTS) - 1)
     monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: usage)
     line = refused(source, commit, folder)
-    assert "its disk has 0.0 GB left" in line
+    assert "its disk has 0.0 MB left" in line
     assert not any("#bytes" in path for _, path, _ in server.asked)
 
 

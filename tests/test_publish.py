@@ -23,14 +23,12 @@ from stages.models.load import load_model
 from stages.models.lora import add_adapters, save_adapter
 from stages.refusal import Refusal
 from stages.sources.provenance import checksums
+from tests.conftest import LORA
 from tests.hubs import Fault, Hub, Repository, sha256
 from tools import card, licence, publish
 
 CANARY = "hf_canary0123456789abcdef"
 NAME = "owner/toy"
-LORA = params.Lora(
-    r=4, alpha=8.0, dropout=0.0, target_modules="all-linear", method="lora", init="default", quantize=None
-)
 TERMS = """<html><style>p { color: red }</style><h1>Gemma Terms of Use</h1> <p>All Distributions must be accompanied by
 a &ldquo;<b>Notice</b>&rdquo; text file that contains the following notice: &ldquo;Gemma is provided under and subject
 to the Gemma Terms of Use found at ai.google.dev/gemma/terms&rdquo;. You may</p></html>"""
@@ -96,7 +94,7 @@ def finished(tmp_path_factory, tiny_model) -> Path:
         json.dumps({**origin, "produced": checksums(made / "models/base")})
     )
     write_tiny_model(made / "models/merged", seed=1)
-    adapted = add_adapters(load_model(tiny_model, "cpu", torch.bfloat16), LORA, seed=0)
+    adapted = add_adapters(load_model(tiny_model, "cpu", torch.bfloat16), params.Lora(**LORA), seed=0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)

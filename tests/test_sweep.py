@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.params import Machine
+from stages.params import load
 from stages.refusal import Refusal
 from tests.conftest import ROOT, write_params
 from tests.test_report import HOSTILE, Page
@@ -310,8 +310,7 @@ def test_never_two_on_one_gpu_and_on_a_cpu_one_at_a_time_unless_told_otherwise(
     monkeypatch, listed, device, jobs, found
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    auto = dict.fromkeys(("dtype", "devices", "tokens_per_pack", "rows_per_batch", "checkpoint_minutes"), "auto")
-    machine = Machine(device=device, engine="batches", **auto)
+    machine = load(ROOT / "params.yaml").machine.model_copy(update={"device": device})
     if isinstance(found, list):
         assert sweep.places(machine, jobs) == found
     else:
