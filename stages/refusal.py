@@ -60,7 +60,7 @@ def end(line: str, status: int = 2) -> None:
 
 
 def explained(error: Exception) -> str | None:
-    """A full disk or memory that ran out, in one line; None for any other error."""
+    """A full disk, memory that ran out or an input that is not there, in one line; None for any other error."""
     text = " ".join(str(error).split())
     if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or NO_ROOM.search(text):
         return f"the disk is full ({text[:200]}); {DISK_FULL}"
@@ -69,6 +69,8 @@ def explained(error: Exception) -> str | None:
             f"memory ran out ({text[:200]}); in params.yaml lower machine.tokens_per_pack while training, "
             f"machine.rows_per_batch while answering, or take a machine with more{GO_ON}"
         )
+    if isinstance(error, FileNotFoundError) and Path(error.filename or "").parts[:1] in (("data",), ("models",)):
+        return f"{error.filename}: is not there; dvc repro makes it"
     return None
 
 

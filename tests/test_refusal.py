@@ -102,6 +102,16 @@ def test_memory_of_a_gpu_that_ran_out_names_what_to_lower():
     assert explained(RuntimeError("shapes do not match")) is None
 
 
+def test_an_input_that_is_not_there_is_one_line_and_another_lost_file_a_fault(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as lost:
+        Path("models/base").stat()
+    assert explained(lost.value) == "models/base: is not there; dvc repro makes it"
+    with pytest.raises(FileNotFoundError) as lost:
+        Path("stages/none.py").stat()
+    assert explained(lost.value) is None
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a file system of 8 MB of its own."""
