@@ -1,10 +1,12 @@
-"""Timings and the last commit in; metrics/run.html out: what this run took, and what differs from the commit.
+"""Timings, telemetry and the last commit in; metrics/run.html out: how this run went, and what differs from the commit.
 
 It is written with the report and is no stage's output: what varies from run to run may not stand in a page that is
 hashed.
 """
 
+import csv
 import json
+import math
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ruamel.yaml
+from markupsafe import Markup
 from ruamel.yaml.error import YAMLError
 
 from stages import page, timing
@@ -80,8 +83,25 @@ def timings() -> dict[str, dict[str, Any]]:
     return found
 
 
-def write(out: Path, steps: int) -> None:
-    """Write the page of the run whose training took `steps` optimizer steps."""
+def telemetry() -> list[dict[str, float]]:
+    """What training left at each moment, by name, less what the machine did not tell; nothing where there is no file.
+
+    Raises Refusal where the file is not what stages/models/watch.py writes.
+    """
+    try:
+        with timing.TELEMETRY.open(encoding="utf-8", newline="") as file:
+            moments = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, AttributeError, csv.Error):
+        moments = [{}]
+    if not all("seconds" in moment and all(map(math.isfinite, moment.values())) for moment in moments):
+        raise Refusal(f"{timing.TELEMETRY}: is not what training writes; delete it, training writes it anew")
+    return moments
+
+
+def write(out: Path, steps: int, charts: dict[str, Markup]) -> None:
+    """Write the page of the run whose training took `steps` optimizer steps; `charts` by their titles."""
     yaml = ruamel.yaml.YAML(typ="safe", pure=True)
     changes = [differences(PARAMS, yaml.load), differences(SCORES, json.loads)]
-    page.write(out, "run.html.jinja", timings=timings(), steps=steps, changes=changes)
+    page.write(out, "run.html.jinja", timings=timings(), steps=steps, charts=charts, changes=changes)

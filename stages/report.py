@@ -36,6 +36,12 @@ EXAMPLES = 4  # of each kind
 RIGHT = "Right before and after"  # of which none is shown
 INK = "#808081"  # stands for the page's own text colour, light or dark, until the SVG is written
 BLUE, ORANGE = "#3987e5", "#d95926"  # seen on a light page and on a dark one
+TELEMETRY = {
+    "tokens_per_second": "tokens a second",
+    "memory_gib": "memory, GiB",
+    "utilisation_percent": "GPU busy, %",
+    "temperature_celsius": "GPU, °C",
+}
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,22 @@ def draw_headline(models: dict[str, dict[str, float]], shots: int) -> Markup:
     return draw(headline, height=1.5)
 
 
+def draw_telemetry(moments: list[dict[str, float]]) -> dict[str, Markup]:
+    """A chart for each thing that was measured more than once, by its title."""
+    charts = {}
+    for name, title in TELEMETRY.items():
+        points = [(moment["seconds"] / 60, moment[name]) for moment in moments if name in moment]
+
+        def went(axes: Axes, points=points, title=title) -> None:
+            axes.plot(*zip(*points, strict=True), color=BLUE, linewidth=1.2)
+            axes.set(xlabel="minutes of training", ylabel=title, xlim=(0, None), ylim=(0, None))
+
+        if len(points) > 1:
+            went.__name__ = name  # or the charts would share their ids
+            charts[title] = draw(went, height=1.8)
+    return charts
+
+
 def parameters(params: Params) -> Iterator[tuple[str, Any]]:
     """Every parameter that decides the result, as `-S` names it; what was fetched is told by the provenance."""
     for name in Params.model_fields:
@@ -234,7 +256,8 @@ def main(arguments: list[str]) -> None:
         writer.writerow(["facet", "class", "rows", "model", "score"])
         for one in facets:
             writer.writerows([one["facet"], one["class"], one["rows"], model, one[model]] for model in MODELS)
-    last_run.write(out.with_name("run.html"), read(train)["steps"])
+    charts = draw_telemetry(last_run.telemetry())
+    last_run.write(out.with_name("run.html"), read(train)["steps"], charts)
 
 
 if __name__ == "__main__":

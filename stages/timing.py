@@ -1,4 +1,5 @@
-"""metrics/timing.json: seconds, tokens per second and memory, a stage at a time. No stage's output: dvc hashes none."""
+"""metrics/timing.json: seconds, tokens per second and memory, a stage at a time; metrics/telemetry.csv: how those of
+training went. No stage's output: dvc hashes none."""
 
 import json
 import resource
@@ -9,6 +10,7 @@ from typing import Any
 from stages.outputs import write_json
 
 TIMING = Path("metrics/timing.json")
+TELEMETRY = Path("metrics/telemetry.csv")  # stages/models/watch.py writes it
 
 
 def record(stage: str, **figures: Any) -> None:

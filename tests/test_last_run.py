@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import last_run
+from stages import last_run, report
 from stages.refusal import Refusal
 from tests.test_report import Page
 
@@ -24,7 +24,7 @@ def make(tmp_path, monkeypatch):
     Path("metrics/tuned.json").write_text(json.dumps(SCORES))
 
     def make() -> str:
-        last_run.write(Path("metrics/run.html"), 1234)
+        last_run.write(Path("metrics/run.html"), 1234, report.draw_telemetry(last_run.telemetry()))
         return " ".join(Page(Path("metrics/run.html").read_text(encoding="utf-8")).text.split())
 
     return make
@@ -99,4 +99,33 @@ def test_without_timings_the_page_says_so(make):
 def test_timings_that_no_stage_wrote_are_refused(make, broken):
     Path("metrics/timing.json").write_text(broken)
     with pytest.raises(Refusal, match=r"^metrics/timing.json: .*; delete it, the stages write it anew"):
+        make()
+
+
+def test_how_training_went_is_drawn_with_what_the_machine_told_and_nothing_else(make):
+    assert "Training as it went" not in make()
+    told = "seconds,step,tokens_per_second,memory_gib,utilisation_percent,temperature_celsius\n"
+    Path("metrics/telemetry.csv").write_text(told + "30,1,100,1.5,,\n60,2,120,1.6,,\n")
+    text = make()
+    for shown in ("Training as it went", "tokens a second", "memory, GiB", "minutes of training"):
+        assert shown in text
+    assert "GPU" not in text
+    Path("metrics/telemetry.csv").write_text(told + "30,1,100,1.5,90,60\n60,2,120,1.6,95,61\n")
+    assert "GPU busy, %" in make() and "GPU, °C" in make()
+    page = Page(Path("metrics/run.html").read_text(encoding="utf-8"))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert [tag for tag, _ in page.elements].count("svg") == 4 and len(ids) == len(set(ids)) > 0
+
+
+def test_a_training_too_short_to_draw_is_not_drawn(make):
+    Path("metrics/telemetry.csv").write_text("seconds,step,tokens_per_second,memory_gib\n30,1,100,1.5\n")
+    assert "Training as it went" not in make()
+
+
+@pytest.mark.parametrize(
+    "broken", ["{}\n{}\n", "seconds,step\n1,two\n", "seconds\n1,2\n", "seconds\nnan\n", "step\n1\n", "seconds\n\xff\n"]
+)
+def test_telemetry_that_no_training_wrote_is_refused(make, broken):
+    Path("metrics/telemetry.csv").write_bytes(broken.encode("latin-1"))
+    with pytest.raises(Refusal, match=r"^metrics/telemetry.csv: is not what training writes; delete it"):
         make()

@@ -10,7 +10,6 @@ import types
 import peft
 import pyarrow
 import pyarrow.parquet
-import pynvml
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -239,34 +238,6 @@ def test_adapters_with_dropout_keep_pefts_own_forward(tiny_model):
     fuse(model)
     layers = [layer for layer in model.modules() if isinstance(layer, peft.tuners.lora.Linear)]
     assert layers and all("forward" not in vars(layer) for layer in layers)
-
-
-def test_a_gpu_is_looked_at_now_and_then_and_told_of_in_the_timing(monkeypatch):
-    clock = iter([0.0, 10.0, 10.0, 11.0, 13.0, 13.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    readings = iter([80, 100])
-    monkeypatch.setattr("torch.cuda.utilization", lambda device: next(readings))
-    monkeypatch.setattr("torch.cuda.temperature", lambda device: 51)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A GPU")
-    gauges, device = train.Gauges(), torch.device("cuda")
-    next(clock)
-    for _ in range(3):  # the second is too early
-        gauges.look(device)
-    assert gauges.figures(device) == {"gpu": "A GPU", "gpu_utilisation_percent": 90.0, "gpu_temperature_celsius": 51}
-
-
-def test_a_gpu_that_does_not_tell_is_asked_once(monkeypatch):
-    asked = []
-
-    def refuse(device):
-        asked.append(device)
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-    monkeypatch.setattr("torch.cuda.utilization", refuse)
-    gauges, device = train.Gauges(), torch.device("cuda")
-    gauges.look(device)
-    gauges.look(device)
-    assert len(asked) == 1 and gauges.figures(device) == {}
 
 
 def added(folder) -> dict[str, torch.Tensor]:

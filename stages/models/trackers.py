@@ -8,8 +8,11 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import sys
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from stages.models.watch import Tell
 from stages.refusal import Refusal
 
 PROJECT = "lorepro"  # what Weights & Biases and MLflow group runs under
+END_SECONDS = 60.0  # that a tracker has for what it has not been told yet, when the training is done
 # Those that were run beside what requirements.txt pins; mlflow whole would have pip put other versions in their place.
 INSTALL = {
     "tensorboard": "tensorboard==2.21.0",
@@ -42,38 +46,72 @@ def refuse_missing(names: list[str]) -> None:
 def started(names: list[str], parameters: dict[str, Any]) -> Iterator[Tell]:
     """Begin a run with its parameters in each of `names`; yield what tells all of them of a step.
 
-    Raises Refusal where one cannot begin: no account, no server.
+    Raises Refusal where one cannot begin: no account, no server. One that fails later is told nothing more.
     """
     logs = Path(os.environ.get("DVC_ROOT", ".")).resolve() / "logs"
     run = f"{os.environ.get('DVC_EXP_NAME', 'train')}-{time.strftime('%Y-%m-%d-%H%M%S')}"
-    trackers = [_begun(name, run, logs, parameters) for name in names]
+    with contextlib.ExitStack() as begun:
+        listeners = []
+        for name in names:
+            logs.mkdir(exist_ok=True)
+            listeners.append(Listener(name, _tracker(name, run, logs), parameters))
+            begun.callback(listeners[-1].end)
 
-    def tell(values: dict[str, float], step: int) -> None:
-        for tracker in trackers:
-            tracker.log(values, step=step)
+        def tell(values: dict[str, float], step: int) -> None:
+            for listener in listeners:
+                listener.tell(values, step)
 
-    try:
         yield tell
-    finally:
-        for tracker in trackers:
-            tracker.finish()
 
 
-def _begun(name: str, run: str, logs: Path, parameters: dict[str, Any]) -> GeneralTracker:
-    logs.mkdir(exist_ok=True)
-    errors: tuple = (OSError,)
-    if name in ERRORS:
-        module, error = ERRORS[name]
-        errors += (getattr(importlib.import_module(module), error),)
-    try:
-        tracker = _tracker(name, run, logs)
-        tracker.start()
-        tracker.store_init_configuration(parameters)
-    except errors as error:
-        raise Refusal(
-            f"params.yaml: machine.report_to: {name} cannot begin: {error}; mend it, or take it out"
-        ) from None
-    return tracker
+class Listener:
+    """A tracker in a thread of its own: training neither waits for its server nor ends with it."""
+
+    def __init__(self, name: str, tracker: GeneralTracker, parameters: dict[str, Any]):
+        """Raises Refusal where it cannot begin."""
+        self.name, self.tracker = name, tracker
+        self.thread = ThreadPoolExecutor(1)  # one, as MLflow's run is the thread's that began it
+        self.untold: deque[tuple[int, Future]] = deque()
+        self.lost = False
+        errors: tuple = (OSError,)
+        if name in ERRORS:
+            module, error = ERRORS[name]
+            errors += (getattr(importlib.import_module(module), error),)
+        try:
+            self.thread.submit(tracker.start).result()
+            self.thread.submit(tracker.store_init_configuration, parameters).result()
+        except errors as error:
+            raise Refusal(
+                f"params.yaml: machine.report_to: {name} cannot begin: {error}; mend it, or take it out"
+            ) from None
+
+    def tell(self, values: dict[str, float], step: int) -> None:
+        if not self.lost:
+            self.untold.append((step, self.thread.submit(self.tracker.log, values, step=step)))
+            self._look()
+
+    def end(self) -> None:
+        """End the tracker's run; leave it, should it take over END_SECONDS."""
+        if self.lost:
+            return
+        self.untold.append((self.untold[-1][0] if self.untold else 0, self.thread.submit(self.tracker.finish)))
+        wait([asked for _, asked in self.untold], END_SECONDS, FIRST_EXCEPTION)
+        self._look()
+        if self.untold and not self.lost:
+            self._leave(self.untold[0][0], f"it took over {END_SECONDS:.0f} s")
+        self.thread.shutdown(wait=False)
+
+    def _look(self) -> None:
+        while not self.lost and self.untold and self.untold[0][1].done():
+            step, asked = self.untold.popleft()
+            if asked.exception():
+                self._leave(step, str(asked.exception()))
+
+    def _leave(self, step: int, why: str) -> None:
+        self.lost = True
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        why = " ".join(why.split())[:200]
+        print(f"{self.name} is told nothing from step {step:,} on: {why}; training goes on", file=sys.stderr)
 
 
 def _tracker(name: str, run: str, logs: Path) -> GeneralTracker:
@@ -87,7 +125,9 @@ def _tracker(name: str, run: str, logs: Path) -> GeneralTracker:
         return WandBTracker(PROJECT, name=run, dir=logs)
     import mlflow
 
+    # its own 7 times of up to 120 s could hold the process for a quarter of an hour when all is done
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     if "MLFLOW_TRACKING_URI" not in os.environ:
         mlflow.set_tracking_uri(f"sqlite:///{logs}/mlflow.db")
-    mlflow.config.enable_async_logging()  # or each step would wait for the server
     return MLflowTracker(PROJECT, run_name=run)

@@ -24,7 +24,6 @@ from rich.text import Text
 from stages import timing
 from stages.outputs import new_file
 
-TELEMETRY = timing.TIMING.with_name("telemetry.csv")  # no stage's output either
 REFRESHED_PER_SECOND = 2
 LINES = 20  # that a run says where there is no terminal; more only where they would be QUIET_SECONDS apart
 QUIET_SECONDS = 600.0
@@ -225,7 +224,7 @@ class Watch:
 
     def write_telemetry(self) -> None:
         self.telemetry.add(self.ended - self.began, self.step, self.tokens, self.reading, last=True)
-        self.telemetry.write(TELEMETRY)
+        self.telemetry.write(timing.TELEMETRY)
 
     @property
     def tokens_per_second(self) -> float:
