@@ -35,6 +35,7 @@ def write_params(folder: Path, **overrides: Any) -> Path:
     """Write `folder`/params.yaml, the repository's with `overrides`, keys by their dots: **{"lora.r": 4}."""
     yaml = ruamel.yaml.YAML(typ="safe", pure=True)
     values = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    values["machine"]["report_to"] = []  # whoever is told of real runs
     for key, value in overrides.items():
         *sections, name = key.split(".")
         holder = values

@@ -399,6 +399,12 @@ VALUES = [
         "10.0.0.1:65536",
         "machine.rendezvous is the text '10.0.0.1:65536'; it should be an address",
     ),
+    ("machine.report_to", "wandb", "machine.report_to is the text 'wandb'; it should be a list"),
+    (
+        "machine.report_to",
+        ["wnadb"],
+        "machine.report_to.0 is the text 'wnadb'; it should be 'tensorboard', 'wandb' or 'mlflow'",
+    ),
     ("machine.rows_per_batch", 1.5, "machine.rows_per_batch is 1.5; it should be 'auto' or a whole number"),
     (
         "lora.target_modules",

@@ -114,7 +114,14 @@ SIZE = {
     "train": {"epochs": 1.0, "validations": 1},
     "merge": {"rows": 4},
     "evaluate": {"shots": 1, "max_new_tokens": 4},
-    "machine": {"device": "cpu", "devices": 1, "dtype": "float32", "tokens_per_pack": 1000, "rows_per_batch": 8},
+    "machine": {
+        "device": "cpu",
+        "devices": 1,
+        "dtype": "float32",
+        "tokens_per_pack": 1000,
+        "rows_per_batch": 8,
+        "report_to": [],
+    },
 }
 COUNT = 24
 

@@ -122,10 +122,11 @@ def _tracker(name: str, run: str, logs: Path) -> GeneralTracker:
         os.environ.setdefault("WANDB_DISABLE_GIT", "true")
         os.environ.setdefault("WANDB_DISABLE_CODE", "true")
         os.environ.setdefault("WANDB_CONSOLE", "off")
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "30")  # seconds; else it waits for ever for a server that is gone
         return WandBTracker(PROJECT, name=run, dir=logs)
     import mlflow
 
-    # its own 7 times of up to 120 s could hold the process for a quarter of an hour when all is done
+    # else it asks a server that is gone 8 times, over 4 minutes, and where that hangs for up to 2 minutes each
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     if "MLFLOW_TRACKING_URI" not in os.environ:

@@ -265,7 +265,7 @@ class Watch:
         """A bar of the steps, and under it the figures, two a line."""
         drawn = BAR * self.step // self.steps
         table = Text(no_wrap=True, overflow="crop")
-        table.append(f"step {self.step:,} of {self.steps:,}  {'━' * drawn}").append("━" * (BAR - drawn), "dim")
+        table.append(f"step {self.step:,} of {self.steps:,}  {'━' * drawn}").append("─" * (BAR - drawn), "dim")
         table.append(f"  {100 * self.step // self.steps}%")
         table.append(f"  {clock_time(self.clock() - self.began)} gone, {self.left} left")
         figures = self.figures() if self.gauges.device.type == "cuda" else self.figures()[:-2]
