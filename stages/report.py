@@ -201,8 +201,10 @@ def draw_telemetry(moments: list[dict[str, float]]) -> dict[str, Markup]:
         points = [(moment["seconds"] / 60, moment[name]) for moment in moments if name in moment]
 
         def went(axes: Axes, points=points, title=title) -> None:
-            axes.plot(*zip(*points, strict=True), color=BLUE, linewidth=1.2)
-            axes.set(xlabel="minutes of training", ylabel=title, xlim=(0, None), ylim=(0, None))
+            minutes, values = zip(*points, strict=True)
+            axes.plot(minutes, values, color=BLUE, linewidth=1.2)
+            top = 1.08 * max(values) or 1  # a line along the edge would be cut
+            axes.set(xlabel="minutes of training", ylabel=title, xlim=(0, None), ylim=(0, top))
 
         if len(points) > 1:
             went.__name__ = name  # or the charts would share their ids

@@ -131,6 +131,12 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_a_problem(top):
     assert "machine.device is cuda" in line and "auto" in line
 
 
+def test_a_tracker_that_is_not_installed_is_a_problem(top, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (line,) = examined(**{"machine.report_to": ["mlflow"]}).problems
+    assert "machine.report_to names mlflow, which is not installed" in line and "pip install mlflow-skinny==" in line
+
+
 def test_gpus_that_do_not_tell_are_no_problem(top, monkeypatch):
     monkeypatch.setattr(doctor, "gpus", lambda: None)
     found = examined(**{"machine.device": "cuda"})

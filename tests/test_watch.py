@@ -334,6 +334,20 @@ def test_a_tracker_that_fails_leaves_a_line_and_training_and_the_other_trackers_
     assert all(isinstance(value, (int, float, str)) for value in parameters.values())
 
 
+def test_a_tracker_that_is_slower_than_the_steps_is_told_of_fewer_but_of_every_validation(
+    listening, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    slow = listening(mlflow=Tracker("hangs", at=0))["mlflow"]
+    with trackers.started(["mlflow"], {}) as tell:
+        for step in range(1, 1001):
+            tell({"loss": 1.0}, step)
+        tell({"validation_loss": 2.0}, 1000)
+        slow.gate.set()
+    assert len(slow.told) == trackers.MOST_UNTOLD + 1
+    assert slow.told[-1] == (1000, {"validation_loss": 2.0}) and slow.finished
+
+
 def test_training_leaves_telemetry_up_to_its_last_step_and_says_how_it_goes(trained, capsys):
     folder = trained("run")
     said = capsys.readouterr().err

@@ -26,6 +26,7 @@ try:
 
     from stages import params, rows
     from stages.download import PROVENANCE, find_template
+    from stages.models.trackers import refuse_missing
     from stages.params import Params
     from stages.refusal import DISK_FULL, SPARE_BYTES, Refusal, run
     from stages.sources import kept, transfer
@@ -455,6 +456,7 @@ def examine() -> Found:
     if settings is None:
         return found
     found.asking(lambda: find_template(settings.model.chat_template))
+    found.asking(lambda: refuse_missing(settings.machine.report_to))
     on = check_device(settings.machine, found)
     what = announced(settings, found)
     check_rows(settings, what["data"], found)

@@ -11,17 +11,15 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
-
-from stages.models.watch import Tell
 from stages.refusal import Refusal
 
 PROJECT = "lorepro"  # what Weights & Biases and MLflow group runs under
+MOST_UNTOLD = 100  # steps that a tracker may be behind
 END_SECONDS = 60.0  # that a tracker has for what it has not been told yet, when the training is done
 # Those that were run beside what requirements.txt pins; mlflow whole would have pip put other versions in their place.
 INSTALL = {
@@ -29,6 +27,7 @@ INSTALL = {
     "wandb": "wandb==0.31.0",
     "mlflow": "mlflow-skinny==3.17.2 sqlalchemy alembic",
 }
+Tell = Callable[[dict[str, float], int], None]  # figures by name, and the step that they are of
 ERRORS = {"wandb": ("wandb.errors", "Error"), "mlflow": ("mlflow.exceptions", "MlflowException")}
 
 
@@ -67,12 +66,12 @@ def started(names: list[str], parameters: dict[str, Any]) -> Iterator[Tell]:
 class Listener:
     """A tracker in a thread of its own: training neither waits for its server nor ends with it."""
 
-    def __init__(self, name: str, tracker: GeneralTracker, parameters: dict[str, Any]):
-        """Raises Refusal where it cannot begin."""
+    def __init__(self, name: str, tracker: Any, parameters: dict[str, Any]):
+        """`tracker`: one of accelerate's. Raises Refusal where it cannot begin."""
         self.name, self.tracker = name, tracker
         self.thread = ThreadPoolExecutor(1)  # one, as MLflow's run is the thread's that began it
         self.untold: deque[tuple[int, Future]] = deque()
-        self.lost = False
+        self.step, self.lost = 0, False
         errors: tuple = (OSError,)
         if name in ERRORS:
             module, error = ERRORS[name]
@@ -86,15 +85,17 @@ class Listener:
             ) from None
 
     def tell(self, values: dict[str, float], step: int) -> None:
-        if not self.lost:
+        """Have it told in its turn; where it is too slow for the steps, not of all of them, but of every validation."""
+        self._look()
+        self.step = step
+        if not self.lost and (len(self.untold) < MOST_UNTOLD or "validation_loss" in values):
             self.untold.append((step, self.thread.submit(self.tracker.log, values, step=step)))
-            self._look()
 
     def end(self) -> None:
         """End the tracker's run; leave it, should it take over END_SECONDS."""
         if self.lost:
             return
-        self.untold.append((self.untold[-1][0] if self.untold else 0, self.thread.submit(self.tracker.finish)))
+        self.untold.append((self.step, self.thread.submit(self.tracker.finish)))
         wait([asked for _, asked in self.untold], END_SECONDS, FIRST_EXCEPTION)
         self._look()
         if self.untold and not self.lost:
@@ -114,7 +115,10 @@ class Listener:
         print(f"{self.name} is told nothing from step {step:,} on: {why}; training goes on", file=sys.stderr)
 
 
-def _tracker(name: str, run: str, logs: Path) -> GeneralTracker:
+def _tracker(name: str, run: str, logs: Path) -> Any:
+    # here, as tools/doctor.py asks refuse_missing without torch
+    from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
+
     if name == "tensorboard":
         return TensorBoardTracker(run, logs / "tensorboard")
     if name == "wandb":

@@ -22,6 +22,7 @@ from rich.live import Live
 from rich.text import Text
 
 from stages import timing
+from stages.models.trackers import Tell
 from stages.outputs import new_file
 
 REFRESHED_PER_SECOND = 2
@@ -29,8 +30,6 @@ LINES = 20  # that a run says where there is no terminal; more only where they w
 QUIET_SECONDS = 600.0
 BAR, NAME, VALUE = 20, 17, 18  # characters; rich's own Table takes six times as long to draw
 RECENT = 20  # steps over which the pace shown is taken
-
-Tell = Callable[[dict[str, float], int], None]  # figures by name, and the step that they are of
 
 
 @dataclass(frozen=True)
