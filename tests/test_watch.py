@@ -298,6 +298,17 @@ def test_a_tracker_that_cannot_begin_is_refused_in_a_line_and_those_that_have_be
     assert named["tensorboard"].finished
 
 
+def test_a_file_in_the_way_of_the_logs_is_refused(listening, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    listening(wandb=Tracker())
+    (tmp_path / "logs").touch()
+    with (
+        pytest.raises(Refusal, match=r"logs: machine.report_to writes there: File exists"),
+        trackers.started(["wandb"], {}),
+    ):
+        pytest.fail("it began")
+
+
 @pytest.mark.parametrize(
     ("fails", "said"),
     [

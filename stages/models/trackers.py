@@ -52,7 +52,10 @@ def started(names: list[str], parameters: dict[str, Any]) -> Iterator[Tell]:
     with contextlib.ExitStack() as begun:
         listeners = []
         for name in names:
-            logs.mkdir(exist_ok=True)
+            try:
+                logs.mkdir(exist_ok=True)
+            except OSError as error:
+                raise Refusal(f"{logs}: machine.report_to writes there: {error.strerror}; make room for it") from None
             listeners.append(Listener(name, _tracker(name, run, logs), parameters))
             begun.callback(listeners[-1].end)
 
