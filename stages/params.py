@@ -195,6 +195,7 @@ class Machine(Section):
     tokens_per_pack: Literal["auto"] | Count
     rows_per_batch: Literal["auto"] | Count
     engine: Literal["batches", "vllm"]
+    deterministic: bool
     checkpoint_minutes: Literal["auto"] | Annotated[float, Field(gt=0, le=10**6)]
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]]
 

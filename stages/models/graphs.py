@@ -75,6 +75,8 @@ class Graphs:
         self.mean = sum(lengths) / len(lengths)
         self.recorded: dict[tuple[int, bool], nn.Module | None] = {}
         self.pool = torch.cuda.graph_pool_handle()
+        # recording makes the nodes that add gradients on a stream of its own, and replaying waits for both
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
     def keep_to(self, keys: list) -> None:
         """Have these sizes recorded, when they come, before others: those that a run had which now goes on. Recorded
