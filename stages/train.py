@@ -205,12 +205,13 @@ BEHIND = {"cpu": 0, "cuda": 2}  # steps that are not read yet
 
 @dataclass
 class Point:
-    """What a step gave, still on the device: reading it there and then would let a GPU wait for the next step."""
+    """What a step gave, [loss, gradient norm], on its way from the device. A GPU that is asked for it there and then
+    answers when it has done all that it was told to do, and then waits for the next step."""
 
     number: int
     step: Step
-    loss: torch.Tensor
-    norm: torch.Tensor
+    values: torch.Tensor
+    arrived: torch.cuda.Event | None
     learning_rate: float
 
 
@@ -227,7 +228,12 @@ class Reader(TrainerCallback):
     def record(self, step: Step, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float) -> None:
         """Take what the step gave, before the optimizer's step; refuse earlier ones that were not finite."""
         number = self.trainer.state.global_step + 1
-        self.unread.append(Point(number, step, loss, norm, learning_rate))
+        values = torch.stack((loss.float(), norm.float())).to("cpu", non_blocking=True)
+        arrived = None
+        if loss.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.unread.append(Point(number, step, values, arrived, learning_rate))
         self._read(BEHIND[loss.device.type])
 
     def read_all(self) -> None:
@@ -236,7 +242,9 @@ class Reader(TrainerCallback):
     def _read(self, behind: int) -> None:
         while len(self.unread) > behind:
             point = self.unread.pop(0)
-            loss, norm = float(point.loss), float(point.norm)
+            if point.arrived:
+                point.arrived.synchronize()
+            loss, norm = point.values.tolist()
             for name, value in (("gradient", norm), ("loss", loss)):
                 if not math.isfinite(value):
                     rows = ", ".join(point.step.rows)
