@@ -192,7 +192,7 @@ def ours(
 
 
 class Profile(TrainerCallback):
-    """Where two steps spend the GPU's time, printed, and as a trace in the folder PROFILE names."""
+    """Where two steps spend the GPU's time, printed, and as a trace, in the folder that PROFILE names."""
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step == WARM + 14:
@@ -205,7 +205,7 @@ class Profile(TrainerCallback):
             torch.cuda.synchronize()
             print(f"two steps: {time.monotonic() - self.began:.3f} s", file=sys.stderr)
             self.profile.__exit__(None, None, None)
-            self.profile.export_chrome_trace(os.environ["PROFILE"] + "/trace.json.gz")
+            self.profile.export_chrome_trace(os.environ.get("PROFILE", str(SCRATCH)) + "/trace.json.gz")
             table = self.profile.key_averages().table(
                 sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=70
             )

@@ -26,7 +26,7 @@ from stages import conversation, timing
 from stages.models import vllm_engine
 from stages.models.generate import Answer, attention_for_generation, generate
 from stages.models.load import load_model, mean_loss, row_losses
-from stages.models.machine import Resolved, resolve
+from stages.models.machine import Resolved, add_in_one_order, resolve
 from stages.outputs import write_json, write_jsonl
 from stages.params import Params, load
 from stages.refusal import Refusal, die_with_parent, run
@@ -68,6 +68,8 @@ def answer(
 
 def answer_on(device: str, folder: Path, params: Params, machine: Resolved, prompts: list[list[int]]) -> list[Answer]:
     """What a process of its own does: load the model on its device and answer its share."""
+    if machine.deterministic:
+        add_in_one_order()
     if machine.engine == "batches":
         return answer(load_model(folder, device, machine.dtype), folder, params, machine, prompts)
     return vllm_engine.answer(

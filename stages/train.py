@@ -44,7 +44,7 @@ from stages.models.graphs import Graphs, compile_pieces, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.fused import fuse
 from stages.models.lora import add_adapters, embedding_trained, save_adapter, token_ids
-from stages.models.machine import Resolved, resolve
+from stages.models.machine import Resolved, add_in_one_order, resolve
 from stages.models.packs import IGNORED, Pack, pack
 from stages.models.progress import best_step, validation_losses, without_progress
 from stages.models.ranks import ALONE, Machines, Ranks, launch
@@ -102,6 +102,12 @@ class Trainer(SFTTrainer):
         self.reader = Reader(self)
         self.planned = schedule(rows, train.batch_size, train.epochs, train.seed, train.order)
         self.done = saved.step if saved else 0  # steps that an earlier process made
+        measured = math.ceil(len(self.planned) / every(train, len(self.planned)))
+        if train.early_stopping and train.early_stopping >= measured:
+            raise Refusal(
+                f"params.yaml: train.early_stopping {train.early_stopping} never comes: {len(self.planned)} steps are "
+                f"measured {measured} times; raise train.validations or lower it"
+            )
         super().__init__(
             model=model,
             args=arguments_of(train, len(self.planned), machine, scratch),
@@ -335,6 +341,11 @@ OPTIMIZERS = {
 }
 
 
+def every(train: Train, steps: int) -> int:
+    """Steps from one validation to the next."""
+    return max(1, math.ceil(steps / train.validations))
+
+
 def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> SFTConfig:
     """TRL's arguments; what they save goes to `scratch`."""
     arguments = SFTConfig(
@@ -353,7 +364,7 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
         bf16=False,  # the model is in its format already; autocast would cast every weight again
         use_cpu=machine.device == "cpu",
         eval_strategy="steps",
-        eval_steps=max(1, math.ceil(steps / train.validations)),
+        eval_steps=every(train, steps),
         logging_strategy="no",  # Watch reads what a step gave
         logging_nan_inf_filter=False,  # it would wait for each step's loss
         save_strategy="no",
@@ -425,6 +436,8 @@ def main(arguments: list[str]) -> None:
 
 def train_adapter(arguments: list[str], params: Params, machine: Resolved, began: float, ranks: Ranks) -> None:
     """What each device's process does, `began` by time.monotonic; the first of them writes."""
+    if machine.deterministic:
+        add_in_one_order()
     base, train_tokens, validation_tokens, out, metrics, curve = (Path(argument) for argument in arguments)
     tokens = [train_tokens, validation_tokens]
     with contextlib.ExitStack() as held:
@@ -446,8 +459,11 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
         if ranks.first:
             bytes_trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
             refuse_without_room(out, bytes_trained)
-            # a checkpoint is the adapter with AdamW's two moments, and one more is there while it is written
-            refuse_without_room(run.folder, 3 * bytes_trained * (KEPT + 1))
+            if not (saved and saved.state["finished"]):
+                # a checkpoint: the adapter, two moments, the best adapter; one more is there while it is written
+                there = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
+                wanted = (3 + (params.train.keep == "best")) * bytes_trained * (KEPT + 1)
+                refuse_without_room(run.folder, max(0, wanted - there))
         fuse(model)
         if machine.device == "cuda":
             compile_pieces(model.get_base_model())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, write_params
-from tests.hubs import Hub
+from tests.hubs import Fault, Hub
 from tests.test_hubs import NAME, TOY, push
 from tools import doctor, memory
 
@@ -237,6 +237,16 @@ def test_a_hub_that_does_not_answer_is_a_warning_and_not_waited_for(top, monkeyp
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         found = examined(**from_hub("c" * 40))
     assert found.problems == [] and any("did not answer in 0.3 s" in line for line in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [(Fault(status=503), "answers 503"), (Fault(cut_after=3), "connection was lost")]
+)
+def test_what_passes_is_a_warning_since_the_download_waits_for_its_end(top, hub, fault, said):
+    commit = push(hub, TOY)
+    hub.faults["config.json"] = [fault] * 9
+    found = examined(**from_hub(commit))
+    assert found.problems == [] and any(said in line for line in found.warnings)
 
 
 def test_a_hub_that_cannot_be_reached_is_a_warning(top, monkeypatch):

@@ -165,7 +165,8 @@ def _of(function: Callable, tensor: torch.Tensor) -> Callable:
 def fuse(model: PeftModel) -> None:
     """Let the adapters of plain linear layers train through the functions above, and on a GPU an MLP's act(gate)·up
     too; others (dropout, bias, DoRA) keep PEFT's forward."""
-    cuda = model.device.type == "cuda"
+    cuda, training = model.device.type == "cuda", model.training
+    model.eval()  # dropout would let the trials of _is_gated differ
     for layer in model.modules():
         if _is_plain(layer):
             wide = cuda and layer.out_features > layer.in_features
@@ -174,6 +175,7 @@ def fuse(model: PeftModel) -> None:
         if _is_gated(module, model.device, model.dtype):
             plain = _is_plain(module.gate_proj) and _is_plain(module.up_proj)
             module.forward = types.MethodType(_gated_lora_forward if plain else _gated_forward, module)
+    model.train(training)
 
 
 def _is_plain(layer: torch.nn.Module | None) -> bool:
@@ -189,11 +191,12 @@ def _is_plain(layer: torch.nn.Module | None) -> bool:
 @torch.no_grad()
 def _is_gated(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the module computes down(act(gate(x))·up(x)), as most MLPs do, and nothing more: tried on numbers."""
-    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+    linear = (torch.nn.Linear, peft.tuners.lora.LoraLayer)
+    if not all(isinstance(getattr(module, name, None), linear) for name in ("gate_proj", "up_proj", "down_proj")):
         return False
-    if type(module.act_fn) not in KINDS:
+    if type(getattr(module, "act_fn", None)) not in KINDS:
         return False
-    x = torch.randn(4, module.gate_proj.in_features, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 4, module.gate_proj.in_features, generator=torch.Generator().manual_seed(0))
     x = x.to(device, dtype)
     return torch.equal(module(x), module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x)))
 

@@ -29,6 +29,7 @@ class Resolved:
     tokens_per_pack: int
     rows_per_batch: int
     engine: str
+    deterministic: bool = False
 
 
 def resolve(machine: Machine) -> Resolved:
@@ -40,8 +41,6 @@ def resolve(machine: Machine) -> Resolved:
     dtype = getattr(torch, machine.dtype) if machine.dtype != "auto" else _fastest(device)
     if device == "cpu":
         keep_freed_memory()
-    elif machine.deterministic:
-        _add_in_one_order()
     there = torch.cuda.device_count() if device == "cuda" else 1
     count = there if machine.devices == "auto" else machine.devices
     if device == "cuda" and count > there:
@@ -54,12 +53,13 @@ def resolve(machine: Machine) -> Resolved:
             "params.yaml: machine.engine is vllm, which is not installed; set it to batches, or: pip install "
             "vllm==0.32.0"
         )
-    return Resolved(device, devices, dtype, tokens, rows, machine.engine)
+    return Resolved(device, devices, dtype, tokens, rows, machine.engine, machine.deterministic)
 
 
-def _add_in_one_order() -> None:
-    """Have a GPU's kernels add up in the same order each time: attention's and gathering's way back do not by default,
-    nor does cuBLAS where its workspace is not laid out beforehand (its manual, "Results reproducibility")."""
+def add_in_one_order() -> None:
+    """Have this process's kernels on a GPU add up in the same order each time: attention's and gathering's way back do
+    not by default, nor does cuBLAS where its workspace is not laid out beforehand (its manual, "Results
+    reproducibility")."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write

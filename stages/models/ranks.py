@@ -291,7 +291,7 @@ def _work(launcher: int, told: Any, place: _Place, work: Callable[..., None], ar
         ranks.of_all(None)  # none leaves while another might still ask the store
         dist.destroy_process_group()
     except Exception as error:  # noqa: BLE001 - the launcher says it, once
-        told.send(_told(error))
+        told.send(_told(error, place.machines.count))
         sys.exit(2)
 
 
@@ -322,7 +322,7 @@ def _meet(place: _Place, number: int, count: int) -> dist.Store:
     return store
 
 
-def _told(error: Exception) -> tuple[str, str]:
+def _told(error: Exception, machines: int) -> tuple[str, str]:
     """What to tell the launcher of an error, and of which kind it is."""
     if isinstance(error, Refusal):
         return "refused", str(error)
@@ -330,8 +330,9 @@ def _told(error: Exception) -> tuple[str, str]:
     if line is not None:
         return "refused", line
     if isinstance(error, (dist.DistError, RuntimeError)) and PEER_GONE.search(str(error)):
-        return (
-            "echo",
-            f"a device of another machine has ended, and its own message says why{GO_ON} ({str(error)[:200]})",
-        )
+        # NCCL puts its reason last
+        reason = " ".join(str(error).split())[-300:]
+        if machines == 1:
+            return "echo", f"the processes that train can no longer talk to each other{GO_ON} ({reason})"
+        return "echo", f"a device of another machine has ended, and its own message says why{GO_ON} ({reason})"
     return "fault", "".join(traceback.format_exception(error))[-LONGEST:]

@@ -75,7 +75,7 @@ class Listener:
         self.thread = ThreadPoolExecutor(1)  # one, as MLflow's run is the thread's that began it
         self.untold: deque[tuple[int, Future]] = deque()
         self.step, self.lost = 0, False
-        errors: tuple = (OSError,)
+        errors: tuple = (OSError, ImportError)  # mlflow-skinny without sqlalchemy
         if name in ERRORS:
             module, error = ERRORS[name]
             errors += (getattr(importlib.import_module(module), error),)

@@ -69,14 +69,11 @@ def _file(spec: Spec, hashed: bool) -> Path:
     path = Path(spec.path)
     if path.suffix.lower() not in FILES:
         raise Refusal(f"{path}: is neither a folder of weights nor one of {', '.join(filter(None, FILES))}")
-    if not hashed:
-        return path
-    found = checksum(path)
+    found = checksum(path) if hashed else None
     if spec.sha256 is None and not any(_is_in(path, folder) for folder in WATCHED):
-        raise Refusal(
-            f"{path}: changes to it would go unnoticed; put it in data/own, or give fetch.sha256, which is now {found}"
-        )
-    if spec.sha256 not in (None, found):
+        now = f", which is now {found}" if found else ""
+        raise Refusal(f"{path}: changes to it would go unnoticed; put it in data/own, or give fetch.sha256{now}")
+    if found and spec.sha256 not in (None, found):
         raise Refusal(
             f"{path}: has sha256 {found[:12]}…, not {spec.sha256[:12]}…; "
             "restore the file, or correct fetch.sha256 in params.yaml"

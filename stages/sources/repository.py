@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -116,18 +117,28 @@ def look(
     with tempfile.TemporaryDirectory() as scratch:
         small = [name for name in ("config.json", INDEX) if name in chosen]
         for name in small or list(chosen)[:1]:
-            with http.stream("GET", chosen[name].url) as response:
-                if response.status_code not in (200, 206):
-                    response.read()
-                    raise explain(response)
-                if name in small:
-                    (Path(scratch) / name).write_bytes(response.read())
+            content = transfer.patiently(name, partial(_read, chosen[name].url, name in small, http, explain))
+            (Path(scratch) / name).write_bytes(content)
         refuse_remote_code(Path(scratch) / "config.json", f"{spec.repository}: config.json")
         if spec.files == "auto" and INDEX in small:
             chosen |= {remote.name: remote for remote in _shards(spec, Path(scratch) / INDEX, listed)}
         config = Path(scratch) / "config.json"
         values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
     return Announced({name: remote.size for name, remote in chosen.items()}, values)
+
+
+def _read(url: str, whole: bool, http: httpx.Client, explain: Callable[[httpx.Response], Refusal]) -> bytes:
+    """What lies at `url`; without `whole`, nothing of it, once it is clear that it may be read."""
+    try:
+        with http.stream("GET", url) as response:
+            if response.status_code in transfer.PASSING:
+                raise transfer.asked_to_wait(response)
+            if response.status_code not in (200, 206):
+                response.read()
+                raise explain(response)
+            return response.read() if whole else b""
+    except httpx.RequestError as error:
+        raise transfer.Again(f"the connection was lost ({type(error).__name__})") from None
 
 
 def _choose(spec: Section, listed: list[Remote]) -> list[Remote]:
