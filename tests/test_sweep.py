@@ -58,6 +58,7 @@ def main(arguments):
     while (runs / f"hold-{r}").exists():
         time.sleep(0.02)
     if r == 16 and rate == 0.5:
+        write(ended=time.time())
         raise Refusal("the loss at step 3 is not finite; lower train.learning_rate")
     right = 2 * r + 10 * (rate < 0.1)
     scores = [{"execution_accuracy": n < right, "valid_sql": True} for n in range(40)]
@@ -185,7 +186,7 @@ def test_eight_experiments_of_which_one_fails_and_one_is_killed_and_then_the_sam
     busy = dict.fromkeys("01")
     for note in trained:  # in the order of time
         if "began" in note:
-            assert busy[note["gpu"]] is None or gone(busy[note["gpu"]]), "two at once on one GPU"
+            assert busy[note["gpu"]] in (None, victim["pid"]), "two at once on one GPU"
             busy[note["gpu"]] = note["pid"]
         else:
             busy[note["gpu"]] = None

@@ -3,9 +3,10 @@
     python -m tools.prune           says what would go
     python -m tools.prune --yes     removes it
 
-Of the cache goes what neither the workspace nor a branch, a tag or an experiment uses; of .runs, checkpoints whose
-result DVC has, downloads whose files are in place, and what nobody has gone on with for a week. It can all be made or
-fetched again: a setting that comes back runs again.
+Of the cache goes what neither the workspace nor a branch, a tag or an experiment uses, unless it lies outside of this
+repository, where other clones may use it; of .runs, checkpoints whose result DVC has, downloads whose files are in
+place, and what nobody has gone on with for a week. It can all be made or fetched again: a setting that comes back runs
+again.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from stages.refusal import Refusal, run
 from stages.sources import kept
 
 RUNS = Path(".runs")
+SWEEP = "sweep"  # where tools/sweep.py keeps its clones, and its lock
 PROVENANCE = (Path("models/base/provenance.json"), Path("data/raw/provenance.json"))
 NEEDED_BY = {"all_branches": True, "all_tags": True, "all_experiments": True}  # and by the workspace
 
@@ -46,9 +48,16 @@ class Unneeded:
 def cached(repo: Repo, made: set[str]) -> Iterator[Unneeded]:
     """What no output that is needed consists of. `dvc gc` would take small files too, such as metrics, that git holds
     and without which a stage runs again. An object that is linked from elsewhere frees nothing."""
-    used = made | {info.value for infos in repo.used_objs(**NEEDED_BY).values() for info in infos}
+    # force: a folder's listing that is not in this cache has no members there that anything could find
+    used = made | {info.value for infos in repo.used_objs(**NEEDED_BY, force=True).values() for info in infos}
+    here = Path(repo.root_dir).resolve()
     stores = {store.path: store for _, store in repo.cache.by_scheme() if store}
-    paths = [Path(store.oid_to_path(name)) for store in stores.values() for name in store.all() if name not in used]
+    paths = []
+    for path, store in stores.items():
+        if Path(path).resolve().is_relative_to(here):
+            paths += [Path(store.oid_to_path(name)) for name in store.all() if name not in used]
+        else:
+            print(f"{path}: other clones may use it too, so that nothing of it goes", file=sys.stderr)
     if paths:
         count = f"{len(paths)} object{'s' * (len(paths) > 1)} of the cache"
         why = "in use by no workspace, branch, tag or experiment"
@@ -132,14 +141,25 @@ def on_disk(paths: Iterable[Path]) -> int:
 
 def refuse_while_dvc_runs(repo: Repo) -> None:
     """Raise Refusal while DVC runs a stage here or in a copy: what it has cached is in no dvc.lock that others see."""
-    for path in Path(repo.tmp_dir).rglob("rwlock"):
-        with contextlib.suppress(OSError, ValueError):
+    for path in (path for folder in (Path(repo.tmp_dir), RUNS / SWEEP) for path in folder.rglob("rwlock")):
+        try:
             lock = json.loads(path.read_text(encoding="utf-8"))
-            holders = [*lock.get("write", {}).values(), *(info for of in lock.get("read", {}).values() for info in of)]
-            for process in {info["pid"] for info in holders}:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, 0)
-                    raise Refusal(f"DVC is running (process {process}); wait for its end, or end it")
+        except (OSError, ValueError):  # gone, or being written
+            continue
+        holders = [*lock.get("write", {}).values(), *(info for of in lock.get("read", {}).values() for info in of)]
+        for process in {info["pid"] for info in holders}:
+            if runs(process):
+                raise Refusal(f"DVC is running (process {process}); wait for its end, or end it")
+
+
+def runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def main(arguments: list[str]) -> None:
@@ -147,7 +167,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--yes", action="store_true", help="remove it")
     options = parser.parse_args(arguments)
     try:
-        with Repo(".") as repo, repo.lock:
+        RUNS.mkdir(exist_ok=True)
+        sweep = locked(RUNS / f"{SWEEP}.lock", "a sweep runs, and what it has made is in no experiment yet")
+        with Repo(".") as repo, repo.lock, sweep:
             refuse_while_dvc_runs(repo)
             made = recorded(repo)
             found = [*cached(repo, made), *checkpoints(made), *downloads()]

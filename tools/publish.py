@@ -143,6 +143,7 @@ def write_notice(folder: Path, asked: licence.Licence, base: str) -> None:
 def send(folder: Path, name: str, token: str, message: str, private: bool, replace: bool) -> str:
     """Make the repository where there is none, and commit the folder to it; return the address of the commit."""
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or SITE
+    shown = repository.shown(endpoint)
     api = HfApi(endpoint=endpoint, token=token, library_name="lorepro")
     # With xet, the library would need a second service beside the hub, which not every hub has. The plain LFS protocol
     # is answered by all of them, and says what is there already.
@@ -161,15 +162,16 @@ def send(folder: Path, name: str, token: str, message: str, private: bool, repla
             )
         added = [CommitOperationAdd(path, str(folder / path)) for path in sorted(here)]
         operations = [*map(CommitOperationDelete, others), *added]
-        return api.create_commit(name, operations, commit_message=message, parent_commit=info.sha).commit_url
+        sent = api.create_commit(name, operations, commit_message=message, parent_commit=info.sha)
+        return repository.shown(sent.commit_url)
     except (HfHubHTTPError, httpx.RequestError) as error:
-        raise explained(error, name, endpoint) from None
+        raise explained(error, name, shown) from None
     except RuntimeError as error:  # of one file: the library puts its own words around what went wrong
         if not isinstance(error.__cause__, (HfHubHTTPError, httpx.RequestError)):
             raise
-        raise explained(error.__cause__, name, endpoint) from None
+        raise explained(error.__cause__, name, shown) from None
     except ValueError as error:  # a card that the hub does not take, an object that its storage does not
-        raise Refusal(f"{endpoint} does not take it: {harmless(str(error))}") from None
+        raise Refusal(f"{shown} does not take it: {harmless(str(error))}") from None
 
 
 def explained(error: HfHubHTTPError | httpx.RequestError, name: str, endpoint: str) -> Refusal:

@@ -265,7 +265,7 @@ def clone(tree: Path, head: str) -> None:
     (tree / RUNS).symlink_to(RUNS.resolve())
     local = Path(".dvc/config.local")
     if local.exists():
-        shutil.copyfile(local, tree / local)
+        shutil.copy(local, tree / local)  # with its mode: it may hold a password
     with Repo(".") as repo:
         cache = repo.cache.local_cache_dir
     with Config(str(tree / ".dvc")).edit("local") as config:
@@ -341,7 +341,13 @@ def run_all(trials: list[Trial], total: int, head: str, where: list[str | None])
             while waiting and free:
                 trial, place = waiting.pop(0), free.pop(0)
                 arguments = ["exp", "run", "--name", trial.name, *(f"-S{override}" for override in trial.overrides)]
-                running[trial.name] = trial, place, start(arguments, head, trial.log, place, len(where))
+                try:
+                    running[trial.name] = trial, place, start(arguments, head, trial.log, place, len(where))
+                except Refusal as refusal:  # its clone cannot be made
+                    failed[trial.name] = str(refusal)
+                    say(f"{trial.name}: failed: {refusal}")
+                    free.append(place)
+                    continue
                 say(f"{trial.name}: begun{f' on GPU {place}' if place else ''}; what it says is in {trial.log}")
             ended = [one for one in running.values() if one[2].process.poll() is not None]
             for trial, place, dvc in ended:

@@ -182,18 +182,26 @@ def draw_coordinates(places: list[Place], metric: str) -> Markup:
             axes.plot(x, eased, **look)
         bounds = [height(best.low), height(best.high)]
         axes.plot([len(keys)] * 2, bounds, color=report.ORANGE, alpha=0.4, linewidth=7, solid_capstyle="butt")
-        axes.set(xlim=(-0.35, len(keys) + 0.35), ylim=(-0.12, 1.12))
+        axes.set(xlim=(-0.35, len(keys) + 0.35), ylim=(-0.17, 1.17))
         handles, names = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], names[::-1], frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3)
+        axes.legend(
+            handles[::-1],
+            names[::-1],
+            frameon=False,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.02),
+            ncols=3,
+            fontsize=8,
+        )
 
     return report.draw(coordinates, height=3.6)
 
 
 def axis(axes: Axes, x: float, title: str, marks: dict[str, float]) -> None:
     """A vertical axis with its title above and its marks at the left."""
-    axes.plot([x, x], [-0.05, 1.05], color=report.INK, linewidth=1, zorder=1)
+    axes.plot([x, x], [-0.1, 1.1], color=report.INK, linewidth=1, zorder=1)
     # parse_math: a dollar sign in a parameter's text is no formula
-    axes.text(x, 1.1, title, ha="center", va="bottom", fontsize=9, color=report.INK, parse_math=False)
+    axes.text(x, 1.17, title, ha="center", va="bottom", fontsize=9, color=report.INK, parse_math=False)
     for text, y in marks.items():
         axes.text(x - 0.04, y, text, ha="right", va="center", fontsize=9, color=report.INK, parse_math=False)
 
