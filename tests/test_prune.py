@@ -173,6 +173,40 @@ def test_while_dvc_runs_nothing_is_judged(repository):
         repro.wait(30)
 
 
+def test_while_a_sweep_runs_or_dvc_in_one_of_its_clones_nothing_is_judged(repository):
+    made_of("a")
+    Path(".runs").mkdir()
+    with locked(Path(".runs/sweep.lock"), ""), pytest.raises(Refusal, match="a sweep runs"):
+        prune.main(["--yes"])
+    clone = Path(".runs/sweep/trees/one/.dvc/tmp")
+    clone.mkdir(parents=True)
+    (clone / "rwlock").write_text(json.dumps({"write": {"folder": {"pid": 1, "cmd": "dvc repro"}}}))
+    with pytest.raises(Refusal, match=r"DVC is running \(process 1\)"):  # another user's, as a rule
+        prune.main(["--yes"])
+
+
+def test_a_cache_that_other_clones_may_use_is_left_alone(repository, tmp_path_factory, capsys):
+    outside = tmp_path_factory.mktemp("cache")
+    dvc("cache", "dir", "--local", str(outside))
+    made_of("a")
+    made_of("b")
+    before = set(outside.rglob("*"))
+    lines, error = said(capsys, "--yes")
+    assert lines == ["nothing can go"] and "other clones may use it" in error
+    assert set(outside.rglob("*")) == before
+
+
+def test_a_tag_whose_folder_never_came_to_this_clone_stops_nothing(repository, capsys):
+    (listing,) = [path for path in made_of("a") if path.suffix == ".dir"]
+    commit("first")
+    run("git", "tag", "v1")
+    made_of("b")
+    listing.unlink()
+    lines, _ = said(capsys, "--yes")
+    assert len(lines) == 1 and "in use by no workspace" in lines[0]
+    assert Path("folder/two").read_text() == "b" * MEGABYTE
+
+
 def test_where_dvc_cannot_tell_what_is_in_use_nothing_goes(repository):
     made_of("a")
     made_of("b")
