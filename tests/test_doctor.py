@@ -49,6 +49,9 @@ def top(tmp_path, tiny_model, monkeypatch):
     with_disk(monkeypatch, 1 << 40)
     monkeypatch.setattr(doctor.transfer, "ATTEMPTS", doctor.transfer.ATTEMPTS)  # which it lowers for its own process
     monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when it is imported
     return tmp_path
 
 
@@ -188,8 +191,6 @@ def test_cuda_visible_devices_is_read_as_cuda_reads_it(monkeypatch, wanted, seen
 
 @pytest.fixture
 def hub(monkeypatch):
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
     server = Hub()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr(doctor.transfer, "FIRST_WAIT_SECONDS", 0)
