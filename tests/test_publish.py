@@ -59,7 +59,14 @@ COMPARISON = {
 METRICS = {
     "comparison": COMPARISON,
     "tuned": {"rows": 40},
-    "train": {"steps": 4, "train_loss": 1.0, "validation_loss": 1.5, "trainable_parameters": 1234},
+    "train": {
+        "steps": 4,
+        "kept_step": 12,
+        "ended": "as planned",
+        "train_loss": 1.0,
+        "validation_loss": 1.5,
+        "trainable_parameters": 1234,
+    },
     "merge": {"rows": 16, "greedy_agreement": 0.9875, "max_kl": 0.0125, "mean_kl": 0.001},
     "data": {
         **{f"{side}_{of}": 20 for side in ("train", "validation", "test") for of in ("rows", "groups")},
@@ -307,7 +314,10 @@ def test_the_card_gives_each_score_with_its_interval_and_the_verdict(written):
     assert "| execution accuracy | 5.0% (1.0 to 10.0) | 15.0% (10.0 to 20.0) | 25.0% (12.5 to 37.5) |" in written.text
     assert "**better**: +20.0 points (+10.0 to +30.0, p < 0.0001)" in written.text
     assert "**noise**: +10.0 points (−5.0 to +25.0, p = 0.3000)" in written.text
-    assert "1.000 nats a token on training rows, at the end 1.500 on validation rows" in written.text
+    assert (
+        "1.000 nats a token on training rows, at step 4, whose adapter this is, 1.500 on validation rows"
+        in written.text
+    )
 
 
 def test_the_card_says_where_all_comes_from_and_how_to_make_it_again(written, project):
