@@ -61,7 +61,7 @@ METRICS = {
     "tuned": {"rows": 40},
     "train": {
         "steps": 4,
-        "kept_step": 12,
+        "kept_step": 4,
         "ended": "as planned",
         "train_loss": 1.0,
         "validation_loss": 1.5,
