@@ -20,7 +20,7 @@ run: $(INSTALLED)
 install: $(INSTALLED)
 
 test: $(INSTALLED)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n logical --dist worksteal
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check

@@ -145,7 +145,7 @@ def test_a_training_on_two_killed_at_a_process_and_at_the_launcher_gives_the_sam
     assert ended(there) and not (there.folder / "adapter").exists()
     assert after(run(there, "kill launcher:0:8", status=256 - signal.SIGKILL)) in (2, 3)
     assert ended(there)
-    assert after(run(there)) in (7, 8)
+    assert after(run(there)) in range(7, 12)  # the orphans may take a step or two more before they end
     assert there.outputs() == undisturbed.outputs()
 
 
