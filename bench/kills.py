@@ -34,7 +34,7 @@ TARGETS = ("stage", "dvc", "group")
 PIPELINE = """
 stages:
   train:
-    cmd: python -m stages.train base train.parquet validation.parquet adapter train.json loss.csv
+    cmd: python -m stages.train base train.parquet validation.parquet asked adapter train.json loss.csv
     deps: [base, train.parquet, validation.parquet, stages]
     params: [lora, train]
     outs: [adapter]
@@ -66,6 +66,7 @@ class Repository:
         shutil.copytree(ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copyfile(ROOT / ".dvcignore", folder / ".dvcignore")
         write_tiny_model(folder / "base")
+        (folder / "asked").mkdir()
         write_tokens(folder / "train.parquet", 22, 0)
         write_tokens(folder / "validation.parquet", 5, 1)
         (folder / "dvc.yaml").write_text(PIPELINE)

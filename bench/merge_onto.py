@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> None:
             params = load()
             machine = resolve(params.machine)
             inputs = [base, tokens / "train.parquet", tokens / "validation.parquet"]
-            train.main([*map(str, inputs), "adapter", "train.json", "loss.csv"])
+            Path("asked").mkdir()
+            train.main([*map(str, inputs), "asked", "adapter", "train.json", "loss.csv"])
 
             def loss(model) -> float:
                 return round(mean_loss(row_losses(model, test, machine.tokens_per_pack).values()), 5)  # noqa: B023

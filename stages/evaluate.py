@@ -20,50 +20,17 @@ from pathlib import Path
 import pyarrow.parquet
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer
 
 from stages import conversation, timing
+from stages.answers import answer, completeness, stops_of
 from stages.models import vllm_engine
-from stages.models.generate import Answer, attention_for_generation, generate
+from stages.models.generate import Answer
 from stages.models.load import load_model, mean_loss, row_losses
 from stages.models.machine import Resolved, add_in_one_order, resolve
 from stages.outputs import write_json, write_jsonl
 from stages.params import Params, load
 from stages.refusal import Refusal, die_with_parent, run
-
-
-def stops_of(folder: Path) -> set[int]:
-    stops = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    return {stops} if isinstance(stops, int) else set(stops)
-
-
-def completeness(folder: Path, params: Params) -> Callable[[list[int]], bool]:
-    """Whether the task says of an answer's tokens that more of them would not count."""
-    task = importlib.import_module(f"stages.tasks.{params.task.name}")
-    if not hasattr(task, "complete"):
-        return lambda tokens: False
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return lambda tokens: task.complete(tokenizer.decode(tokens, skip_special_tokens=True))
-
-
-def answer(
-    model: PreTrainedModel,
-    folder: Path,
-    params: Params,
-    machine: Resolved,
-    prompts: list[list[int]],
-    on_batch: Callable[[int], None] = lambda rows: None,
-) -> list[Answer]:
-    model.set_attn_implementation(attention_for_generation(model))
-    return generate(
-        model,
-        prompts,
-        stops_of(folder),
-        params.evaluate.max_new_tokens,
-        machine.rows_per_batch,
-        complete=completeness(folder, params),
-        on_batch=on_batch,
-    )
 
 
 def answer_on(device: str, folder: Path, params: Params, machine: Resolved, prompts: list[list[int]]) -> list[Answer]:

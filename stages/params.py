@@ -162,6 +162,8 @@ class Train(Section):
     validations: Count
     early_stopping: Count | None
     keep: Literal["last", "best"]
+    metric: Literal["loss", "score"]
+    metric_rows: Count
     seed: Seed
 
     @model_validator(mode="after")

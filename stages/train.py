@@ -1,6 +1,6 @@
 """The base model and tokens in; a LoRA adapter out, with its loss curve.
 
-    python -m stages.train models/base data/tokens/train.parquet data/tokens/validation.parquet \
+    python -m stages.train models/base data/tokens/train.parquet data/tokens/validation.parquet data/validation \
         models/adapter metrics/train.json metrics/loss.csv
 
 An optimizer step is train.batch_size rows, whatever the memory: the rows are cut into packs that fit the machine, and
@@ -25,6 +25,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,10 @@ from stages.models.families import family
 from stages.models.graphs import Graphs, compile_pieces, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.fused import fuse
-from stages.models.lora import add_adapters, embedding_trained, save_adapter, token_ids
+from stages.models.lora import add_adapters, embedding_trained, save_adapter, token_ids, twin
 from stages.models.machine import Resolved, add_in_one_order, resolve
 from stages.models.packs import IGNORED, Pack, pack
-from stages.models.progress import best_step, validation_losses, without_progress
+from stages.models.progress import best_step, validations, without_progress
 from stages.models.ranks import ALONE, Machines, Ranks, launch
 from stages.models.schedule import schedule
 from stages.models.state import (
@@ -62,6 +63,7 @@ from stages.models.trackers import refuse_missing, started
 from stages.models.watch import Gauges, Telemetry, Watch
 from stages.outputs import new_file, new_folder, refuse_without_room, write_json
 from stages.params import Params, Train, load
+from stages.questions import Questions
 from stages.refusal import Refusal, run
 
 
@@ -91,11 +93,14 @@ class Trainer(SFTTrainer):
         run: Run,
         saved: Checkpoint | None,
         ranks: Ranks = ALONE,
+        score: Callable[[], float] | None = None,
     ):
-        """Go on from `saved`, of `run`, if it is there. What TRL saves on its own account goes to `scratch`."""
+        """Go on from `saved`, of `run`, if it is there. What TRL saves on its own account goes to `scratch`. `score`
+        measures the adapters as they are, each time that the validation loss does."""
         self.rows, self.validation_rows = rows, validation_rows
         self.tokens_per_pack = machine.tokens_per_pack
         self.ranks = ranks
+        self.score = score
         self.settings = train
         self.history: list[dict] = []
         self.best: dict[str, torch.Tensor] = {}  # the adapters at the best validation, with train.keep: best
@@ -190,8 +195,9 @@ class Trainer(SFTTrainer):
         loss = mean_loss([loss for share in self.ranks.of_all(losses) for loss in share.values()])
         if not math.isfinite(loss):
             raise Refusal(f"step {self.state.global_step}: the validation loss is {loss}; {ADVICE}")
-        self.history.append({"step": self.state.global_step, "validation_loss": loss})
-        self.watch.validated(self.state.global_step, loss)
+        score = {"validation_score": self.score()} if self.score else {}
+        self.history.append({"step": self.state.global_step, "validation_loss": loss, **score})
+        self.watch.validated(self.state.global_step, loss, **score)
         metrics = {"eval_loss": loss}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.settings.keep == "best" and not without_progress(self.history):
@@ -384,6 +390,8 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
 def curve_of(history: list[dict]) -> str:
     """The points of the loss curve as CSV, empty where a point has no such number."""
     columns = ["step", "loss", "validation_loss", "learning_rate", "gradient_norm"]
+    if any("validation_score" in point for point in history):
+        columns.insert(3, "validation_score")
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
@@ -438,11 +446,12 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
     """What each device's process does, `began` by time.monotonic; the first of them writes."""
     if machine.deterministic:
         add_in_one_order()
-    base, train_tokens, validation_tokens, out, metrics, curve = (Path(argument) for argument in arguments)
+    base, train_tokens, validation_tokens, asked, out, metrics, curve = (Path(argument) for argument in arguments)
     tokens = [train_tokens, validation_tokens]
     with contextlib.ExitStack() as held:
         scratch = held.enter_context(tempfile.TemporaryDirectory())
-        decides = decisive(params, machine, base, tokens, ranks.count) if ranks.first_here else None
+        read = [*tokens, *sorted(asked.iterdir())]
+        decides = decisive(params, machine, base, read, ranks.count) if ranks.first_here else None
         ranks.refuse_differences(decides)
         run, saved = Run(Path(scratch) / "unused", math.inf), None
         if ranks.first:
@@ -464,10 +473,15 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
                 there = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
                 wanted = (3 + (params.train.keep == "best")) * bytes_trained * (KEPT + 1)
                 refuse_without_room(run.folder, max(0, wanted - there))
+        score = None
+        if params.train.metric == "score":
+            questions, answering = Questions(asked, validation_tokens, base, params, machine), twin(model)
+            score = lambda: questions.score(answering, ranks)  # noqa: E731
         fuse(model)
         if machine.device == "cuda":
             compile_pieces(model.get_base_model())
-        trainer = Trainer(model, tokenizer, params.train, machine, rows, validation_rows, scratch, run, saved, ranks)
+        given = (tokenizer, params.train, machine, rows, validation_rows, scratch, run, saved, ranks, score)
+        trainer = Trainer(model, *given)
         if saved:
             print(f"going on after step {trainer.done} of {len(trainer.planned)}", file=sys.stderr)
         if not (saved and saved.state["finished"]):
@@ -517,15 +531,15 @@ def write_outputs(trainer: Trainer, out: Path, metrics: Path, curve: Path) -> No
     losses = [point["loss"] for point in history if "loss" in point]
     last = losses[-max(1, len(losses) // 10) :]
     steps = history[-1]["step"]
-    kept = best_step(history) if trainer.settings.keep == "best" else steps
+    kept = validations(history)[best_step(history) if trainer.settings.keep == "best" else steps]
     write_json(
         metrics,
         {
             "steps": steps,
-            "kept_step": kept,
+            "kept_step": kept["step"],
             "ended": "early: no progress" if steps < len(trainer.planned) else "as planned",
             "train_loss": round(sum(last) / len(last), 6),
-            "validation_loss": round(validation_losses(history)[kept], 6),
+            **{name: round(kept[name], 6) for name in ("validation_loss", "validation_score") if name in kept},
             "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         },
     )

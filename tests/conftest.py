@@ -1,5 +1,6 @@
 """A Gemma 3 so small that a test takes no time, and the repository's own params.yaml with a few values changed."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,26 @@ def write_params(folder: Path, **overrides: Any) -> Path:
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(values, file)
     return path
+
+
+CHAT = {"task": {"name": "chat", "rows": "rows.jsonl"}}
+
+
+def write_asked(folder: Path, tokens: Path, tokenizer: Path) -> None:
+    """Let training answer the rows of `tokens`, as the validation stage prepares it with train.metric: score."""
+    import pyarrow.parquet
+    from transformers import AutoTokenizer
+
+    decode = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).decode
+    lines = []
+    for row in pyarrow.parquet.read_table(tokens).to_pylist():
+        prompt, answer = row["input_ids"][: row["prompt_tokens"]], row["input_ids"][row["prompt_tokens"] :]
+        turns = [{"role": role, "content": decode(ids)} for role, ids in (("user", prompt), ("assistant", answer))]
+        lines.append({"id": row["id"], "where": row["id"], "messages": turns, "groups": {}, "context": {}})
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "learned.jsonl").write_text('"a learned answer"\n')
+    (folder / "scoring.json").write_text("{}")
 
 
 @pytest.fixture

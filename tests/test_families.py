@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from stages import download, encode, evaluate, merge, prepare, train
+from stages import download, encode, evaluate, merge, prepare, train, validation
 from stages.models import load, towers
 from stages.models.attention import _softcapped
 from stages.models.families import FAMILIES, adaptable, family
@@ -99,7 +99,10 @@ def run(name: str, folder: Path, **overrides) -> Ran:
         prepare.main(["data/raw", "data/conversations", "metrics/data.json"])
         encode.main(["models/base", "data/conversations", "data/tokens", "metrics/tokens.json"])
         tokens = ["data/tokens/train.parquet", "data/tokens/validation.parquet"]
-        train.main(["models/base", *tokens, "models/adapter", "metrics/train.json", "metrics/loss.csv"])
+        validation.main(["data/conversations", "data/validation"])
+        train.main(
+            ["models/base", *tokens, "data/validation", "models/adapter", "metrics/train.json", "metrics/loss.csv"]
+        )
         merge.main(["models/base", "models/adapter", "data/tokens/test.parquet", "models/merged", "metrics/merge.json"])
         asked = ["data/conversations/test.jsonl", "data/conversations/learned.jsonl", "data/tokens/test.parquet"]
         for model, answers in (("base", "base"), ("merged", "tuned")):

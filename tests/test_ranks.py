@@ -11,6 +11,7 @@ import torch
 from stages.models.packs import deal, pack
 from stages.models.ranks import Machines, Ranks
 from stages.refusal import Refusal
+from tests.conftest import CHAT
 from tests.test_refusal import alive
 from tests.test_resume import Place, after, python  # noqa: F401 - a fixture
 from tests.test_train import curve, write_tokens
@@ -107,6 +108,15 @@ def test_two_processes_give_the_curve_of_one(place, tokens_per_pack):
     for column, bound in (("validation_loss", 1e-5), ("gradient_norm", 1e-4)):
         assert column_of(two, column) == pytest.approx(column_of(one, column), rel=bound)
     assert column_of(two, "learning_rate") == column_of(one, "learning_rate")
+
+
+def test_two_processes_answer_the_validation_rows_together_and_score_as_one(place):
+    settings = {**CHAT, "train.metric": "score", "evaluate.max_new_tokens": 6, "lora.dropout": 0.0}
+    one, two = place(1, **settings), place(2, **settings)
+    run(one)
+    run(two)
+    scores = column_of(one, "validation_score")
+    assert column_of(two, "validation_score") == pytest.approx(scores, rel=1e-9) and scores[0] != 0
 
 
 def column_of(there: Place, name: str) -> list[float]:

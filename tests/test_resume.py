@@ -17,7 +17,7 @@ import torch
 
 from stages.models.checkpoints import Checkpoint, Run, _read, opened
 from tests import forkserver
-from tests.conftest import LORA, ROOT, write_params, write_tiny_model
+from tests.conftest import CHAT, LORA, ROOT, write_asked, write_params, write_tiny_model
 from tests.test_train import write_tokens
 
 # Runs the stage and kills it with SIGKILL, at the step or inside of the checkpoint that its first argument says.
@@ -83,6 +83,7 @@ class Place:
         (folder / "driver.py").write_text(DRIVER)
         write_tokens(folder / "train.parquet", 22, 0)
         write_tokens(folder / "validation.parquet", 5, 1)
+        write_asked(folder / "asked", folder / "validation.parquet", model)
         self.set(**overrides)
 
     def set(self, **overrides) -> None:
@@ -99,7 +100,7 @@ class Place:
         python = sys.executable if self.device == "cuda" else self.python / "python"
         return subprocess.Popen(
             [python, "-m", *module,
-             "base", "train.parquet", "validation.parquet", "adapter", "train.json", "loss.csv"],
+             "base", "train.parquet", "validation.parquet", "asked", "adapter", "train.json", "loss.csv"],
             cwd=self.folder, env={**clean, "HF_DEACTIVATE_ASYNC_LOAD": "1", **environment},
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -180,6 +181,7 @@ EDITS: dict[str, Callable[[Place], object]] = {
     "seed": lambda there: there.set(**{"train.seed": 1}),
     "pack": lambda there: there.set(**{"machine.tokens_per_pack": 150}),
     "training row": lambda there: write_tokens(there.folder / "train.parquet", 22, 7),
+    "scoring": lambda there: (there.folder / "asked/scoring.json").write_text("[]"),
     "validation row": lambda there: write_tokens(there.folder / "validation.parquet", 5, 8),
     "weights": lambda there: write_tiny_model(there.folder / "base", seed=1),
     "code": edit_code,
@@ -210,6 +212,7 @@ def test_a_training_killed_at_a_step_goes_on_there_and_gives_the_same_bytes(plac
         {"machine.dtype": "auto"},
         {"lora.r": 128, "train.optimizer": "adamw_8bit"},
         {"train.keep": "best", "train.validations": 6, "train.learning_rate": 0.05},  # the best is step 2
+        {**CHAT, "train.metric": "score", "evaluate.max_new_tokens": 6, "train.keep": "best"},
         {"train.early_stopping": 4, "train.validations": 6, "train.learning_rate": 0.05},  # ends at step 10
         {"lora.trainable_tokens": ["<end_of_turn>"], "lora.quantize": "int8"},
         {"lora.modules_to_save": ["lm_head"], "machine.dtype": "bfloat16", "train.optimizer": "adamw_8bit"},

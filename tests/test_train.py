@@ -17,12 +17,15 @@ from safetensors.torch import load_file, save_file
 from stages import train
 from stages.encode import SCHEMA
 from stages.models.fused import KINDS, _FusedLora, _Gated, _gated_lora_forward, _WideLora, fuse
-from stages.models.load import load_model, pack_loss
+from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.lora import add_adapters, load_adapter
+from stages.models.machine import resolve
 from stages.models.packs import IGNORED, pack
-from stages.params import Lora
+from stages.models.ranks import ALONE
+from stages.params import Lora, load
+from stages.questions import Questions
 from stages.refusal import Refusal
-from tests.conftest import LORA
+from tests.conftest import CHAT, LORA, write_asked
 
 
 def write_tokens(path, count: int, seed: int) -> list[dict]:
@@ -55,7 +58,10 @@ def trained(tmp_path, monkeypatch, tiny_model, params_file):
         params_file(folder, **{**fixed, **machine, **lora, **overrides})
         monkeypatch.chdir(folder)
         tokens = [str(tmp_path / f"{side}.parquet") for side in ("train", "validation")]
-        train.main([str(base), *tokens, "adapter", "train.json", "loss.csv"])
+        (folder / "asked").mkdir()
+        if overrides.get("train.metric") == "score":
+            write_asked(folder / "asked", tmp_path / "validation.parquet", base)
+        train.main([str(base), *tokens, "asked", "adapter", "train.json", "loss.csv"])
         return folder
 
     return run
@@ -319,6 +325,92 @@ def test_a_training_without_progress_ends_early_on_the_curve_of_the_whole_one(ke
     assert (said(folder)["steps"], said(folder)["ended"]) == (18, "early: no progress")
     assert said(folder)["kept_step"] == (9 if keep == "best" else 18)
     assert loss_of_what_was_saved(folder, tiny_model) == pytest.approx(said(folder)["validation_loss"], rel=1e-5)
+
+
+SCORED = {**CHAT, **TURNING, "train.metric": "score", "evaluate.max_new_tokens": 6, "train.metric_rows": 5}
+
+
+def scores(folder) -> dict[int, float]:
+    with (folder / "loss.csv").open() as file:
+        return {
+            int(row["step"]): float(row["validation_score"]) for row in csv.DictReader(file) if row["validation_score"]
+        }
+
+
+def score_of_what_was_saved(folder, base) -> float:
+    """By the code that evaluates the merged model, on the adapter."""
+    model = load_adapter(load_model(base, "cpu", torch.float32), folder / "adapter").get_base_model().eval()
+    params = load(folder / "params.yaml")
+    questions = Questions(folder / "asked", folder.parent / "validation.parquet", base, params, resolve(params.machine))
+    return questions.score(model, ALONE)
+
+
+def test_answers_are_scored_while_training_and_change_nothing_of_it(trained, tiny_model):
+    plain, scored = trained("plain", **TURNING), trained("scored", **SCORED)
+    saved = [(folder / "adapter/adapter_model.safetensors").read_bytes() for folder in (plain, scored)]
+    assert saved[0] == saved[1] and validations(scored) == validations(plain)
+    found = scores(scored)
+    assert found.keys() == validations(scored).keys() and len({*found.values()}) > 1
+    assert said(scored)["validation_score"] == pytest.approx(found[36], abs=1e-6)
+    assert score_of_what_was_saved(scored, tiny_model) == pytest.approx(found[36], abs=1e-6)
+    assert "validation_score" not in said(plain) and "validation_score" not in (plain / "loss.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"lora.quantize": "nf4"},
+        {"lora.quantize": "int8"},
+        {"lora.method": "dora"},
+        {"lora.modules_to_save": ["embed_tokens"]},
+        {"lora.trainable_tokens": ["<end_of_turn>"]},
+    ],
+    ids=str,
+)
+def test_what_answers_while_training_is_what_trains(lora, trained, tiny_model):
+    """Its loss on the validation rows is the trained model's own, on the same tensors."""
+    seen = []
+
+    def score(questions, model, ranks):
+        rows = pyarrow.parquet.read_table(tokens).to_pylist()
+        seen.append(mean_loss(row_losses(model, rows, 300).values()))
+        return 0.5
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Questions, "score", score)
+        tokens = trained("warm", **CHAT).parent / "validation.parquet"
+        folder = trained("run", **CHAT, **lora, **{"train.metric": "score", "train.learning_rate": 0.05})
+    assert seen == pytest.approx(list(validations(folder).values()), rel=1e-5) and len({*seen}) > 1
+
+
+def test_the_adapter_of_the_best_score_is_kept_and_training_ends_where_it_rises_no_more(trained, tiny_model):
+    found = scores(trained("whole", **SCORED))
+    best = max(found, key=found.__getitem__)
+    folder = trained("best", **SCORED, **{"train.keep": "best"})
+    assert said(folder)["kept_step"] == best < 36
+    assert score_of_what_was_saved(folder, tiny_model) == pytest.approx(found[best], abs=1e-6)
+    steps = list(found)
+    patience = next(n for n in range(1, 12) if steps.index(best) + n < len(steps))
+    folder = trained("early", **SCORED, **{"train.early_stopping": patience, "train.keep": "best"})
+    assert said(folder)["steps"] <= steps[steps.index(best) + patience]
+    assert said(folder)["ended"] == "early: no progress"
+
+
+def test_a_validation_row_whose_prompt_was_cut_is_not_asked_and_none_at_all_is_refused(trained, tiny_model):
+    folder = trained("run", **SCORED | {"train.epochs": 0.2, "train.validations": 1})
+    params = load(folder / "params.yaml")
+    tokens = folder.parent / "validation.parquet"
+    rows = pyarrow.parquet.read_table(tokens).to_pylist()
+
+    def questions():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, SCHEMA), tokens)
+        return Questions(folder / "asked", tokens, tiny_model, params, resolve(params.machine))
+
+    rows[1]["input_ids"] = rows[1]["input_ids"][: rows[1]["prompt_tokens"] - 1]
+    assert [row.id for row in questions().rows] == ["row0", "row2", "row3", "row4"]
+    rows[:] = rows[1:2]
+    with pytest.raises(Refusal, match=r"no validation row is whole; raise encode\.max_length"):
+        questions()
 
 
 def test_a_training_that_makes_progress_is_not_ended(trained):

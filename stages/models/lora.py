@@ -1,5 +1,6 @@
 """params.yaml's lora section in; a model with fresh, seeded adapters out, and adapters saved the same bytes twice."""
 
+import copy
 import json
 import tempfile
 import types
@@ -52,6 +53,13 @@ def add_adapters(model: PreTrainedModel, lora: Lora, seed: int, tokens: Sequence
         adapted.begun_from = tempfile.TemporaryDirectory()
         adapted.save_pretrained(adapted.begun_from.name)
     return adapted
+
+
+def twin(model: PeftModel) -> PreTrainedModel:
+    """The model and its adapters once more, on the same weights: to be run while the one is trained, whatever is then
+    changed of its layers' functions and of its configuration."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared).get_base_model().eval()
 
 
 def _words(model: PreTrainedModel, whole: Sequence[str], tokens: Sequence[int]) -> dict:

@@ -1,18 +1,19 @@
 """A run's history in; which step's adapter is the best, and for how long there was none better, out."""
 
 
-def validation_losses(history: list[dict]) -> dict[int, float]:
-    """Those measured so far, by step."""
-    return {point["step"]: point["validation_loss"] for point in history if "validation_loss" in point}
+def validations(history: list[dict]) -> dict[int, dict]:
+    """The points of the history that were measured on validation rows, by step."""
+    return {point["step"]: point for point in history if "validation_loss" in point}
 
 
 def best_step(history: list[dict]) -> int:
-    """The first step with the lowest validation loss."""
-    losses = validation_losses(history)
-    return min(losses, key=losses.__getitem__)
+    """The first step with the highest score of its answers; of those, or where none were scored, with the lowest
+    validation loss."""
+    points = validations(history)
+    return min(points, key=lambda step: (-points[step].get("validation_score", 0.0), points[step]["validation_loss"]))
 
 
 def without_progress(history: list[dict]) -> int:
     """How many validations came after that of the best step."""
-    steps = list(validation_losses(history))
+    steps = list(validations(history))
     return len(steps) - 1 - steps.index(best_step(history)) if steps else 0

@@ -211,12 +211,13 @@ class Watch:
             figures = [(name, value) for name, value in self.figures() if value and name != "validation loss"]
             self._say(step, ", ".join(f"{name} {value}" for name, value in figures) + f", {self.left} left")
 
-    def validated(self, step: int, loss: float) -> None:
-        """Take the validation loss."""
-        self.validation = f"{loss:.3f} at {step:,}"
-        self.tell({"validation_loss": loss}, step)
+    def validated(self, step: int, validation_loss: float, **score: float) -> None:
+        """Take the validation loss, and as validation_score, where answers were scored, the share that they reach."""
+        reached = "".join(f", score {value:.1%}" for value in score.values())
+        self.validation = f"{validation_loss:.3f}{reached} at {step:,}"
+        self.tell({"validation_loss": validation_loss, **score}, step)
         if self.plain:
-            self._say(step, f"validation loss {loss:.3f}")
+            self._say(step, f"validation loss {validation_loss:.3f}{reached}")
 
     def _say(self, step: int, text: str) -> None:
         print(f"step {step:,} of {self.steps:,}: {text}", file=sys.stderr, flush=True)
