@@ -2,7 +2,8 @@
 
     python -m stages.validation data/conversations data/validation CODE …
 
-CODE are the files and folders that decide a score: with train.metric: score a change there trains anew, with loss not.
+CODE are the files and folders that decide a score beside the task's own: with train.metric: score a change there trains
+anew, with loss it does not.
 """
 
 import hashlib
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> None:
             raise Refusal("params.yaml: train.metric is score, but no row validates; raise prepare.validation")
         write_jsonl(folder / "rows.jsonl", (row.model_dump() for row in rows))
         shutil.copyfile(conversations / "learned.jsonl", folder / "learned.jsonl")
+        code.append(Path(f"stages/tasks/{params.task.name}.py"))
         files = sorted(file for path in code for file in ([path] if path.is_file() else path.rglob("*.py")))
         write_json(
             folder / "scoring.json",

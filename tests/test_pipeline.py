@@ -29,6 +29,7 @@ STAGES = {
     "download@data",
     "prepare",
     "encode",
+    "validation",
     "train",
     "merge",
     "evaluate@base",
@@ -111,9 +112,9 @@ def test_the_stages_are_those_of_the_design(resolved):
 def test_every_module_that_a_stage_imports_is_among_its_deps_and_no_other(resolved, name):
     stage = resolved[name]
     module = module_of(stage)
-    reached = {module}
+    reached = {module, *(TOP / file for file in expanded(stage["cmd"].split()))}
     tasks = [TOP / f"stages/tasks/{task}.py" for task in TASKS]
-    if 'import_module(f"stages.tasks.' in module.read_text():
+    if re.search(r"stages[./]tasks[./]\{params\.task\.name\}", module.read_text()):
         reached.update(tasks)
     sources = [TOP / f"stages/sources/{source}.py" for source in SOURCES]
     if 'import_module(f"stages.sources.' in module.read_text():
@@ -352,7 +353,7 @@ def test_another_tasks_file_reruns_nothing(pipeline):
 
 def test_evaluate_params_rerun_both_evaluations_and_the_report(pipeline):
     pipeline.set(evaluate__max_new_tokens=5)
-    assert pipeline.repro() == {"evaluate@base", "evaluate@few_shot", "evaluate@tuned", "report"}
+    assert pipeline.repro() == {"validation", "evaluate@base", "evaluate@few_shot", "evaluate@tuned", "report"}
 
 
 def test_an_experiment_with_another_lora_r_reruns_training_onward_and_going_back_trains_nothing(pipeline):
@@ -364,6 +365,19 @@ def test_an_experiment_with_another_lora_r_reruns_training_onward_and_going_back
     compared = pipeline.run(sys.executable, "-m", "tools.compare", "HEAD", "smaller")
     assert re.search(r"execution_accuracy .*(noise|better|worse)\n", compared) and " rows in " in compared
     assert running(pipeline.dvc("exp", "run", "-S", "lora.r=4")) == set()
+
+
+def test_a_change_of_the_scoring_trains_anew_where_training_is_measured_by_it_and_else_does_not(pipeline):
+    def edited() -> set[str]:
+        with (pipeline.folder / "stages/scores.py").open("a") as file:
+            file.write("# another way to score\n")
+        return pipeline.repro() & {"validation", "train", "evaluate@tuned"}
+
+    assert edited() == {"validation", "evaluate@tuned"}
+    pipeline.set(train__metric="score", train__keep="best")
+    assert {"validation", "train"} <= pipeline.repro()
+    assert "validation_score" in pipeline.read("metrics/train.json")
+    assert edited() == {"validation", "train", "evaluate@tuned"}
 
 
 def edit_an_answer(pipeline: Clone, name: str) -> None:
@@ -382,7 +396,7 @@ def edit_an_answer(pipeline: Clone, name: str) -> None:
 
 def test_a_test_rows_answer_reruns_what_reads_the_test_rows_and_trains_nothing(pipeline):
     edit_an_answer(pipeline, "test")
-    assert pipeline.repro() == STAGES - {"download@model", "train"}
+    assert pipeline.repro() == STAGES - {"download@model", "validation", "train"}
 
 
 def test_a_training_rows_answer_leaves_the_base_models_evaluation_alone_where_no_score_reads_it(pipeline):

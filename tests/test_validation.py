@@ -16,6 +16,8 @@ def made(tmp_path, monkeypatch, params_file):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conversations").mkdir()
     (tmp_path / "code").mkdir()
+    (tmp_path / "stages/tasks").mkdir(parents=True)
+    (tmp_path / "stages/tasks/chat.py").write_text("0")
     (tmp_path / "code/one.py").write_text("1")
     (tmp_path / "alone.py").write_text("2")
 
@@ -45,7 +47,7 @@ def test_for_the_score_the_rows_with_the_first_ids_are_set_aside_and_all_that_de
     assert found["learned.jsonl"] == '"learned"\n'
     scoring = json.loads(found["scoring.json"])
     assert (scoring["task"], scoring["max_new_tokens"]) == (CHAT["task"], 80)
-    assert scoring["code"].keys() == {"alone.py", "code/one.py"}
+    assert scoring["code"].keys() == {"alone.py", "code/one.py", "stages/tasks/chat.py"}
     (tmp_path / "code/one.py").write_text("3")
     changed = made(**{"train.metric": "score", "train.metric_rows": 3})
     assert {name for name in found if changed[name] != found[name]} == {"scoring.json"}
