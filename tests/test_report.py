@@ -321,8 +321,10 @@ def test_the_page_says_which_steps_adapter_it_is_and_that_training_ended_early(m
     assert "training loss is 0.500 and the validation loss 0.625 nats" in text and "ended early" not in text
     change(tmp_path / "train.json", kept_step=20, ended="early: no progress")
     text = Page(make(arguments)).text
-    assert "3,796,992 trainable parameters, ended early since the validation loss fell no further." in text
-    assert "The adapter is that of step 20, where the validation loss was lowest: 0.625." in text
+    assert "3,796,992 trainable parameters, ended early since validation found nothing better." in text
+    assert "The adapter is that of step 20, which validation found best: a loss of 0.625." in text
+    change(tmp_path / "train.json", validation_score=0.25)
+    assert "Its answers to validation rows reach 25.0% execution accuracy." in Page(make(arguments)).text
 
 
 def test_answers_to_different_rows_are_refused_and_the_old_page_stays(make, tmp_path):
