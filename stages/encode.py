@@ -5,12 +5,12 @@
 What would waste hours of training unseen stops here in seconds, in one line that names the row.
 """
 
-import heapq
 import itertools
 import json
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from stages.outputs import new_folder, refuse_without_room, write_json
 from stages.params import load
 from stages.refusal import Refusal, run
 
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 IGNORED = -100  # the label of a token that the loss leaves out; torch's own default
 ROWS_AT_ONCE = 1000
 TOKENS_SHARE = 0.1  # of the conversations' bytes, at least: the default run's, whose rows carry their tables
@@ -64,22 +65,28 @@ class Encoder:
         self.takes_system = takes_system(tokenizer)
         self.adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
 
-    def encode(self, rows: list[Conversation], only_last: bool = False) -> list[Encoded]:
-        """Encode rows in one call of the tokenizer, with each answer supervised or `only_last` the last one; raises
-        Refusal naming the first row that cannot be right."""
-        # each answer needs two texts: what stands before it, and the same with the answer
-        turns = [[i for i, m in enumerate(row.messages) if m.role == "assistant"] for row in rows]
-        if only_last:
-            turns = [answers[-1:] for answers in turns]
-        texts = [
-            text
-            for row, answers in zip(rows, turns, strict=True)
-            for i in answers
-            for text in (self._render(row, i, open_turn=True), self._render(row, i + 1, open_turn=False))
-        ]
-        tokens = iter(self._tokens(texts))
+    def encode(self, batches: Iterable[list[Conversation]], only_last: bool = False) -> Iterator[list[Encoded]]:
+        """Encode batches of rows, with each answer supervised or `only_last` the last one; raises Refusal naming a
+        row that cannot be right. The tokenizer, which needs no interpreter, has one batch while the next one's
+        texts are written."""
+        waiting: deque[tuple[list[Conversation], list[list[int]], Future]] = deque()
+        with ThreadPoolExecutor(1) as tokenizing:
+            for rows in batches:
+                # each answer needs two texts: what stands before it, and the same with the answer
+                turns = [[i for i, m in enumerate(row.messages) if m.role == "assistant"] for row in rows]
+                if only_last:
+                    turns = [answers[-1:] for answers in turns]
+                texts = self._texts([(row, i) for row, answers in zip(rows, turns, strict=True) for i in answers])
+                waiting.append((rows, turns, tokenizing.submit(self._tokens, texts)))
+                if len(waiting) == 2:
+                    yield self._rows(*waiting.popleft())
+            while waiting:
+                yield self._rows(*waiting.popleft())
+
+    def _rows(self, rows: list[Conversation], turns: list[list[int]], tokens: Future) -> list[Encoded]:
+        found = iter(tokens.result())
         return [
-            self._row(row, [(next(tokens), next(tokens)) for _ in answers])
+            self._row(row, [(next(found), next(found)) for _ in answers])
             for row, answers in zip(rows, turns, strict=True)
         ]
 
@@ -91,15 +98,31 @@ class Encoder:
         found = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
-    def _render(self, row: Conversation, until: int, open_turn: bool) -> str:
-        messages = [message.model_dump() for message in row.messages[:until]]
+    def _texts(self, answers: list[tuple[Conversation, int]]) -> list[str]:
+        """For each answer, given by its row and place, the text before it and the text with it, one after another.
+        Written in two calls, since one for each text takes twice as long."""
+        before = [self._turns(row, i) for row, i in answers]
+        with_it = [self._turns(row, i + 1) for row, i in answers]
+        try:
+            pairs = zip(self._render(before, open_turn=True), self._render(with_it, open_turn=False), strict=True)
+        except TEMPLATE_ERRORS:  # then one after another, to name the first
+            pairs = []
+            for (row, _), *turns in zip(answers, before, with_it, strict=True):
+                try:
+                    pairs.append((*self._render(turns[:1], open_turn=True), *self._render(turns[1:], open_turn=False)))
+                except TEMPLATE_ERRORS as error:
+                    raise Refusal(f"{row.where}: the chat template refuses the row: {error}") from None
+        return [text for pair in pairs for text in pair]
+
+    def _turns(self, row: Conversation, until: int) -> list[dict[str, str]]:
+        messages = [{"role": message.role, "content": message.content} for message in row.messages[:until]]
         if not self.takes_system and messages[0]["role"] == "system" and until > 1:
             system, first, *others = messages
             messages = [first | {"content": f"{system['content'].strip()}\n\n{first['content']}"}, *others]
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise Refusal(f"{row.where}: the chat template refuses the row: {error}") from None
+        return messages
+
+    def _render(self, turns: list[list[dict[str, str]]], open_turn: bool) -> list[str]:
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_turn)
 
     def _row(self, row: Conversation, turns: list[tuple[list[int], list[int]]]) -> Encoded:
         bos = self.tokenizer.bos_token_id
@@ -134,7 +157,7 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     turns = [{"role": "system", "content": "system text"}, {"role": "user", "content": "x"}]
     try:
         return "system text" in tokenizer.apply_chat_template(turns, tokenize=False)
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError):
+    except TEMPLATE_ERRORS:
         return False
 
 
@@ -194,16 +217,21 @@ def main(arguments: list[str]) -> None:
     sample: list[str] = []
     examples: list[Conversation] = []
 
+    def read(name: str) -> Iterator[Conversation]:
+        """The rows of one side; of the training rows those with the first ids are kept as examples: ids are hashes, so
+        that these are an even sample, and few rows that are added later come before."""
+        for row in conversation.read(conversations / f"{name}.jsonl"):
+            yield row
+            if name == "train" and (len(examples) < params.evaluate.shots or row.id < examples[-1].id):
+                examples[:] = sorted([*examples, row], key=lambda row: row.id)[: params.evaluate.shots]
+
     def encoded(name: str) -> Iterator[list[Encoded]]:
         """The rows of one side, batch by batch, counted and a few of them kept for the sample."""
         counts = totals[name] = Counter()
         # test rows are generated from, whatever their length
         limit = params.encode.max_length if name != "test" else sys.maxsize
-        for batch in batches(conversation.read(conversations / f"{name}.jsonl")):
-            if name == "train":
-                # ids are hashes: the first of them are an even sample, and few rows that are added later come before
-                examples[:] = heapq.nsmallest(params.evaluate.shots, examples + batch, key=lambda row: row.id)
-            kept = list(cut(encoder.encode(batch), limit, counts))
+        for batch in encoder.encode(batches(read(name))):
+            kept = list(cut(batch, limit, counts))
             counts["rows"] += len(kept)
             counts["supervised"] += sum(len(row.labels) - row.labels.count(IGNORED) for row in kept)
             sample.extend(marked(row, tokenizer) for row in kept[: 5 - len(sample)])
@@ -218,9 +246,8 @@ def main(arguments: list[str]) -> None:
                 raise Refusal(
                     f"every {name} row's answer begins after token {params.encode.max_length}; raise encode.max_length"
                 )
-        asked = batches(conversation.read(conversations / "test.jsonl"))
-        shown = ([with_examples(row, examples) for row in batch] for batch in asked)
-        write(folder / "test_few_shot.parquet", (encoder.encode(batch, only_last=True) for batch in shown))
+        shown = (with_examples(row, examples) for row in conversation.read(conversations / "test.jsonl"))
+        write(folder / "test_few_shot.parquet", encoder.encode(batches(shown), only_last=True))
         (folder / "sample.txt").write_text(("\n" + "-" * 80 + "\n").join(sample) + "\n", encoding="utf-8")
     kinds = ("rows", "tokens", "supervised", "truncated", "dropped")
     write_json(metrics, {f"{name}_{kind}": totals[name][kind] for name in SIDES for kind in kinds})

@@ -35,7 +35,7 @@ def supervised(tokenizer, encoded: encode.Encoded) -> list[str]:
 
 
 def test_the_answer_and_its_terminator_are_supervised_and_nothing_else(tokenizer):
-    (found,) = Encoder(tokenizer, STOPS).encode([row("How many?", "Four – or 五.")])
+    [[found]] = Encoder(tokenizer, STOPS).encode([[row("How many?", "Four – or 五.")]])
     assert supervised(tokenizer, found) == ["Four – or 五.<end_of_turn>"]
     assert tokenizer.decode(found.input_ids[: found.prompt_tokens]) == (
         "<bos><start_of_turn>user\nHow many?<end_of_turn>\n<start_of_turn>model\n"
@@ -46,7 +46,7 @@ def test_the_answer_and_its_terminator_are_supervised_and_nothing_else(tokenizer
 
 
 def test_every_answer_of_several_turns_is_supervised(tokenizer):
-    (found,) = Encoder(tokenizer, STOPS).encode([row("One?", "First.", "Two?", "Second.", "Three?", "Third.")])
+    [[found]] = Encoder(tokenizer, STOPS).encode([[row("One?", "First.", "Two?", "Second.", "Three?", "Third.")]])
     assert supervised(tokenizer, found) == ["First.<end_of_turn>", "Second.<end_of_turn>", "Third.<end_of_turn>"]
     assert tokenizer.decode(found.input_ids[found.prompt_tokens :]) == "Third.<end_of_turn>"
     assert all(label in (IGNORED, token) for label, token in zip(found.labels, found.input_ids, strict=True))
@@ -55,7 +55,8 @@ def test_every_answer_of_several_turns_is_supervised(tokenizer):
 def test_rows_are_the_same_alone_and_together(tokenizer):
     rows = [row("One?", "First."), row("Two, which is longer?", "Second.", "Three?", "Third."), row("x", "y")]
     encoder = Encoder(tokenizer, STOPS)
-    assert encoder.encode(rows) == [encoder.encode([one])[0] for one in rows]
+    (together,) = encoder.encode([rows])
+    assert [[one] for one in together] == list(encoder.encode([one] for one in rows))
 
 
 @pytest.mark.parametrize(
@@ -93,29 +94,38 @@ def test_a_row_that_would_waste_the_training_is_refused_by_name(old, new, conten
     assert old in tokenizer.chat_template
     tokenizer.chat_template = tokenizer.chat_template.replace(old, new) if old else tokenizer.chat_template
     with pytest.raises(Refusal) as refused:
-        Encoder(tokenizer, STOPS).encode([row(*contents)])
+        list(Encoder(tokenizer, STOPS).encode([[row(*contents)]]))
     assert str(refused.value).startswith(f"mine.jsonl line 7: {said}")
 
 
 def test_what_a_tokenizers_file_says_of_cutting_and_padding_is_passed_over(tokenizer):
     rows = [row("One?", "First."), row("Two, which is longer?", "Second.")]
     tokenizer.bos_token = None
-    before = Encoder(tokenizer, STOPS).encode(rows)
+    before = list(Encoder(tokenizer, STOPS).encode([rows]))
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=99)
-    assert Encoder(tokenizer, STOPS).encode(rows) == before
+    assert list(Encoder(tokenizer, STOPS).encode([rows])) == before
 
 
 def test_the_first_bad_row_of_many_is_named(tokenizer):
     rows = [row("x", "y", where="a line 1"), row("x", "", where="a line 2"), row("", "", where="a line 3")]
     with pytest.raises(Refusal, match=r"^a line 2: nothing is supervised"):
-        Encoder(tokenizer, STOPS).encode(rows)
+        list(Encoder(tokenizer, STOPS).encode([rows]))
 
 
 def test_a_terminator_inside_the_question_is_not_taken_for_the_answers(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("<end_of_turn>", "<end>")
     with pytest.raises(Refusal, match=r"no terminator after the answer"):
-        Encoder(tokenizer, STOPS).encode([row("x <end_of_turn> y", "z")])
+        list(Encoder(tokenizer, STOPS).encode([[row("x <end_of_turn> y", "z")]]))
+
+
+def test_a_row_that_the_template_refuses_is_named_among_many(tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0].content == 'b' %}{{ raise_exception('no b') }}{% endif %}" + tokenizer.chat_template
+    )
+    rows = [row("a", "y", where="a line 1"), row("b", "y", where="a line 2"), row("b", "y", where="a line 3")]
+    with pytest.raises(Refusal, match=r"^a line 2: the chat template refuses the row: no b"):
+        list(Encoder(tokenizer, STOPS).encode([rows]))
 
 
 # the stage
@@ -147,7 +157,7 @@ def test_the_stage_writes_each_side_with_its_counts(stage, tokenizer):
     metrics = stage(train=rows)
     written = tokens("train")
     assert [one["id"] for one in written] == [c.id for c in rows]
-    assert written == [vars(one) for one in Encoder(tokenizer, STOPS).encode(rows)]
+    assert written == [vars(one) for (one,) in Encoder(tokenizer, STOPS).encode([one] for one in rows)]
     assert (metrics["train_rows"], metrics["train_truncated"], metrics["train_dropped"]) == (30, 0, 0)
     assert metrics["train_tokens"] == sum(len(one["input_ids"]) for one in written)
     assert metrics["train_supervised"] == sum(label != IGNORED for one in written for label in one["labels"])
@@ -217,7 +227,7 @@ def test_examples_stand_before_the_question_and_only_its_own_answer_is_supervise
         *("One?", "First.", "Two?", "Second.", "Three?", "Third."),
     ]
     encoder = Encoder(tokenizer, STOPS)
-    ((found,), (whole,)) = encoder.encode([shown], only_last=True), encoder.encode([shown])
+    [[found]], [[whole]] = encoder.encode([[shown]], only_last=True), encoder.encode([[shown]])
     assert supervised(tokenizer, found) == ["Third.<end_of_turn>"]
     assert (found.input_ids, found.prompt_tokens) == (whole.input_ids, whole.prompt_tokens)
 
@@ -252,8 +262,8 @@ LEAVES_OUT = "{%- set messages = messages | rejectattr('role', 'equalto', 'syste
 def test_where_the_template_takes_no_system_message_it_stands_before_the_first_question(opening, tokenizer):
     asked = row("One?", "First.", "Two?", "Second.")
     asked = asked.model_copy(update={"messages": [Message(role="system", content=" Be brief.\n"), *asked.messages]})
-    (taken,) = Encoder(tokenizer, STOPS).encode([asked])
+    [[taken]] = Encoder(tokenizer, STOPS).encode([[asked]])
     tokenizer.chat_template = opening + tokenizer.chat_template
-    (folded,) = Encoder(tokenizer, STOPS).encode([asked])
+    [[folded]] = Encoder(tokenizer, STOPS).encode([[asked]])
     assert tokenizer.decode(folded.input_ids).startswith("<bos><start_of_turn>user\nBe brief.\n\nOne?<end_of_turn>")
     assert folded == taken  # as Gemma 3's own template has it
