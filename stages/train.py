@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -59,6 +59,7 @@ from stages.models.state import (
     restore_trained,
     trained,
 )
+from stages.models.tokens import read_rows
 from stages.models.trackers import refuse_missing, started
 from stages.models.watch import Gauges, Telemetry, Watch
 from stages.outputs import new_file, new_folder, refuse_without_room, write_json
@@ -154,7 +155,7 @@ class Trainer(SFTTrainer):
         rows = [self.rows[i] for i in step["rows"]]
         return Step(
             pack(self.ranks.share(rows, self.tokens_per_pack), self.tokens_per_pack),
-            supervised=sum(label != IGNORED for row in rows for label in row["labels"][1:]),
+            supervised=sum(np.count_nonzero(np.not_equal(row["labels"][1:], IGNORED)) for row in rows),
             tokens=sum(len(row["input_ids"]) for row in rows),
             rows=[row["id"] for row in rows],
         )
@@ -460,7 +461,7 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
         machine, saved = ranks.of_first((machine, saved))
         if saved:
             machine = dataclasses.replace(machine, dtype=getattr(torch, saved.state["dtype"]))
-        rows, validation_rows = (pyarrow.parquet.read_table(path).to_pylist() for path in tokens)
+        rows, validation_rows = (read_rows(path) for path in tokens)
         model = load_model(base, machine.device, machine.dtype, quantize=params.lora.quantize)
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         trainable = token_ids(tokenizer, params.lora.trainable_tokens)

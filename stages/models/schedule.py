@@ -3,7 +3,7 @@
 import math
 import random
 
-from stages.models.packs import SHARED_AT_LEAST, common
+from stages.models.packs import SHARED_AT_LEAST, beginning, common
 
 
 def schedule(rows: list[dict], batch_size: int, epochs: float, seed: int, order: str) -> list[list[int]]:
@@ -34,7 +34,7 @@ def _epoch(clusters: list[list[int]], batch_size: int, chance: random.Random) ->
 def _clusters(rows: list[dict]) -> list[list[int]]:
     """Row numbers, those together of which each begins as the one before it (sorted) for SHARED_AT_LEAST tokens or
     half of its prompt, whichever is more."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["input_ids"])
+    order = sorted(range(len(rows)), key=lambda i: beginning(rows[i]))
     clusters: list[list[int]] = []
     for number in order:
         row = rows[number]
