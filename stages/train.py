@@ -39,7 +39,7 @@ from trl import SFTConfig, SFTTrainer
 
 from stages import timing
 from stages.models.attention import takes_flash
-from stages.models.checkpoints import KEPT, Checkpoint, Run, checksums, opened, surroundings
+from stages.models.checkpoints import Checkpoint, Run, checksums, opened, surroundings
 from stages.models.families import family
 from stages.models.graphs import Graphs, compile_pieces, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
@@ -49,6 +49,7 @@ from stages.models.machine import Resolved, add_in_one_order, resolve
 from stages.models.packs import IGNORED, Pack, pack
 from stages.models.progress import best_step, validations, without_progress
 from stages.models.ranks import ALONE, Machines, Ranks, launch
+from stages.models.room import adapter_bytes, checkpoints_bytes
 from stages.models.schedule import schedule
 from stages.models.state import (
     best,
@@ -467,12 +468,11 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
         trainable = token_ids(tokenizer, params.lora.trainable_tokens)
         model = add_adapters(model, params.lora, params.train.seed, trainable)
         if ranks.first:
-            bytes_trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-            refuse_without_room(out, bytes_trained)
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            refuse_without_room(out, adapter_bytes(count, params.lora.init))
             if not (saved and saved.state["finished"]):
-                # a checkpoint: the adapter, two moments, the best adapter; one more is there while it is written
                 there = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
-                wanted = (3 + (params.train.keep == "best")) * bytes_trained * (KEPT + 1)
+                wanted = checkpoints_bytes(count, params.train.keep == "best")
                 refuse_without_room(run.folder, max(0, wanted - there))
         score = None
         if params.train.metric == "score":

@@ -41,7 +41,6 @@ def test_the_same_run_twice_is_noise(runs, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["a"], "usage: python -m tools.compare EXP1 EXP2"),
         (["workspace", "a"], "workspace: data/answers/tuned.jsonl cannot be had: .*; dvc pull, or run it again"),
         (["a", "old"], "old: data/answers/tuned.jsonl is from before answers kept their group"),
         (["a", "other"], "a and other answered different rows; compare runs of the same test rows"),

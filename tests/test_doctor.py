@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from stages import params
+from stages.models import room
 from tests.conftest import ROOT, write_params
 from tests.hubs import Fault, Hub
 from tests.test_hubs import NAME, TOY, push
@@ -167,23 +169,6 @@ def test_an_old_gpu_is_told_that_bfloat16_is_slow_on_it(top, monkeypatch):
     assert any("7.5" in line and "bfloat16" in line for line in examined(**{"machine.device": "auto"}).warnings)
     asked = {"machine.device": "auto", "machine.dtype": "float32"}
     assert not any("bfloat16" in line for line in examined(**asked).warnings)
-
-
-class Nvml:
-    """What a machine with four GPUs answers."""
-
-    NVMLError = doctor.pynvml.NVMLError
-    nvmlDeviceGetHandleByUUID = staticmethod(bytes.decode)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "seen"),
-    [("", []), ("1", ["b"]), ("2, 0", ["c", "a"]), ("0,9,1", ["a"]), ("-1", []), ("GPU-x,1", ["GPU-x", "b"]),
-     ("MIG-y", ["MIG-y"])],
-)  # fmt: skip
-def test_cuda_visible_devices_is_read_as_cuda_reads_it(monkeypatch, wanted, seen):
-    monkeypatch.setattr(doctor, "pynvml", Nvml)
-    assert doctor.visible(wanted, ["a", "b", "c", "d"]) == seen
 
 
 # what is to be fetched
@@ -361,6 +346,19 @@ def test_what_a_download_has_left_and_a_merged_model_that_is_there_are_not_count
     Path("models/merged").mkdir(parents=True)
     found = examined()
     assert disk(found.warnings) and not disk(found.problems)
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_the_room_for_checkpoints_is_what_training_asks_for(top, keep):
+    of_4b()
+    trained = memory.adapter_parameters(memory.shape(GEMMA_4B), examined_lora())
+    size = room.adapter_bytes(trained, "default") + room.checkpoints_bytes(trained, keep == "best")
+    (line,) = disk(examined(**{"train.keep": keep}).facts)
+    assert f", {size / 1e9:.1f} GB adapter and checkpoints)" in line
+
+
+def examined_lora() -> params.Lora:
+    return params.load(write_params(Path(), **SOUND)).lora
 
 
 def test_a_model_that_no_gpu_here_holds_is_a_problem(top, monkeypatch):

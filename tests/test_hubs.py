@@ -1,8 +1,10 @@
 """The sources hub and modelscope, against a local server that speaks both protocols (tests/hubs.py)."""
 
+import base64
 import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -607,3 +609,82 @@ def test_a_section_of_params_that_is_wrong_is_named(source, params_file, tmp_pat
     with pytest.raises(Refusal) as refusal:
         params.load(params_file(tmp_path, **{"model.fetch": fetched | {key: value}}))
     assert said in str(refusal.value)
+
+
+# a password in the address
+
+PASSWORD = "CANARY-password-0123456789"
+BASIC = "Basic " + base64.b64encode(f"someone:{PASSWORD}".encode()).decode()
+ENDPOINT = {"hub": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}
+
+
+@pytest.fixture
+def with_password(server, source, monkeypatch):
+    """The hub's address holds a name and a password, which it knows."""
+    host = server.url.removeprefix("http://")
+    monkeypatch.setenv(ENDPOINT[source], f"http://someone:{PASSWORD}@{host}")
+    server.tokens = {BASIC}
+    return host
+
+
+def test_what_an_address_with_a_password_opens_is_fetched_and_the_password_written_nowhere(
+    server, source, folder, with_password, capfd
+):
+    provenance = fetch(source, push(server, TOY), folder)
+    assert held(folder) == TOY and BASIC in {headers.get("authorization") for _, _, headers in server.asked}
+    said = capfd.readouterr()
+    written = [path.read_bytes() for path in Path().rglob("*") if path.is_file()]
+    assert PASSWORD not in said.out + said.err + provenance.model_dump_json()
+    assert not any(PASSWORD.encode() in content for content in written)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("nothing answers", "http://{host} cannot be reached"),
+        ("it is not known", {"hub": "is no such repository at http://{host},", "modelscope": "its terms at http://{host}/"}),
+        ("no such repository", "there is no such repository at http://{host},"),
+        ("not for all", {"hub": None, "modelscope": "accept its terms at http://{host}/"}),
+        ("not with this token", {"hub": None, "modelscope": "ask for access at http://{host}/"}),
+        ("a fault of the server", "127.0.0.1 answers 503"),
+        ("another status", "127.0.0.1 answers 418"),
+        ("no listing", {"hub": None, "modelscope": "http://{host} answers with what is no listing"}),
+    ],
+)  # fmt: skip
+def test_a_password_in_an_address_is_sent_there_and_never_shown(
+    server, source, folder, with_password, monkeypatch, capfd, what, said
+):
+    said = said[source] if isinstance(said, dict) else said
+    if said is None:
+        pytest.skip("says nothing of the address")
+    commit, host = push(server, TOY), with_password
+    if what == "nothing answers":
+        host = "127.0.0.1:9"
+        monkeypatch.setenv(ENDPOINT[source], f"http://someone:{PASSWORD}@{host}")
+    if what == "it is not known":
+        server.tokens = set()
+    if what == "no such repository":
+        server.repositories.clear()
+    if what.startswith("not "):
+        server.repositories[NAME].gated = set()
+    if what == "not with this token":
+        monkeypatch.setenv(token(source), CANARY)
+        server.tokens |= {CANARY}
+    if what in ("a fault of the server", "another status", "no listing"):
+        status = {"a fault of the server": 503, "another status": 418, "no listing": 200}[what]
+        server.faults["listing"] = [Fault(status=status)] * 9
+    line = refused(source, commit, folder)
+    printed = capfd.readouterr()
+    assert said.format(host=host) in line, line
+    assert not re.search(f"{PASSWORD}|someone", line + printed.out + printed.err)
+    sent = {headers.get("authorization") for _, _, headers in server.asked}
+    assert (BASIC in sent) != (what == "nothing answers"), sent
+
+
+@pytest.mark.parametrize("password", ["half/half", "half?half", "half#half", "1234/half", "half[half"])
+def test_a_password_that_makes_no_address_is_not_shown_either(server, source, folder, monkeypatch, capfd, password):
+    monkeypatch.setenv(ENDPOINT[source], f"http://someone:{password}@127.0.0.1:9")
+    line = refused(source, "0" * 40, folder)
+    printed = capfd.readouterr()
+    assert line.startswith(f"{ENDPOINT[source]}: is no address") and "%2F" in line
+    assert not re.search("half|1234|someone", line + printed.out + printed.err)

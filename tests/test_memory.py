@@ -48,9 +48,12 @@ def test_what_it_repeats_of_the_stages_is_what_they_have():
 
 
 def test_the_adapters_are_as_many_and_as_large_as_peft_makes_them(folder):
-    for wanted in ("all-linear", ["q_proj", "down_proj"]):
-        settings = lora(r=4, target_modules=wanted)
-        model = add_adapters(load_model(folder, "cpu", torch.float32), settings, 0)
+    embedding = {"modules_to_save": ["embed_tokens"]}
+    for more in ({}, {"target_modules": ["q_proj", "down_proj"]}, {"method": "dora"}, embedding, {"tokens": True}):
+        more = {**more, "trainable_tokens": ["<eos>", "<pad>"]} if more.pop("tokens", False) else more
+        settings = lora(r=4, **more)
+        tokens = range(len(settings.trainable_tokens))
+        model = add_adapters(load_model(folder, "cpu", torch.float32), settings, 0, list(tokens))
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         assert memory.adapter_parameters(shape_of(folder), settings) == trained
 

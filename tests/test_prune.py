@@ -140,6 +140,23 @@ def test_checkpoints_go_when_dvc_has_the_result_or_when_they_are_old_and_never_f
     assert all(path.exists() for path in (going_on, not_dvcs, living))
 
 
+@pytest.mark.parametrize("lost", ["the list of its files", "a file", "a bit of a file"])
+def test_checkpoints_stay_where_the_cache_has_lost_some_of_the_result(repository, capsys, lost):
+    made = made_of("a")
+    (listing,) = [path for path in made if path.suffix == ".dir"]
+    file = max(made, key=lambda path: path.stat().st_size)
+    commit("main")
+    checkpoint("done", finished=True)
+    assert "DVC has its result" in said(capsys)[0][0]
+    if lost == "a bit of a file":
+        file.chmod(0o644)
+        file.write_bytes(b"b" + file.read_bytes()[1:])
+    else:
+        (listing if lost == "the list of its files" else file).unlink()
+    assert not any("DVC has its result" in line for line in said(capsys, "--yes")[0])
+    assert Path(".runs/done").exists()
+
+
 def test_downloads_go_when_their_files_are_in_place_and_never_one_under_way(repository, capsys):
     made_of("a")
     places = {name: kept.place(kept.name("hub", f"owner/{name}@1")) for name in ("done", "cut", "old", "living")}

@@ -480,6 +480,24 @@ def test_what_made_the_model_and_is_not_committed_is_refused(project, server, pa
     assert path in line and "not committed" in line and server.asked == []
 
 
+def test_a_commit_that_origin_may_not_have_is_told_of_in_a_line(project, capsys):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+    def warned() -> list[str]:
+        publish.main([NAME, "--dry-run"])
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+    run("git", "update-ref", "refs/remotes/another/main", head)
+    (line,) = warned()
+    assert line.startswith(f"warning: commit {head[:12]}, which the card names, is on no branch of origin")
+    run("git", "update-ref", "refs/remotes/origin/main", head)  # as a push leaves it
+    assert warned() == []
+    run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "later", "--allow-empty")
+    assert len(warned()) == 1
+    run("git", "remote", "remove", "origin")  # the card then says that it knows no address
+    assert warned() == []
+
+
 def test_what_has_no_part_in_the_model_may_change(project, server):
     Path("notes.txt").write_text("mine")
     publish.main([NAME])

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from stages.params import load
 from stages.refusal import Refusal
 from tests.conftest import ROOT, write_params
 from tests.test_report import HOSTILE, Page
-from tools import sweep, sweep_page
+from tools import doctor, sweep, sweep_page, trials
 
 DVC_YAML = """
 stages:
@@ -76,6 +78,16 @@ run(main)
 """
 
 
+TWO_GPUS = """
+class NVMLError(Exception):
+    pass
+
+def nvmlInit(): pass
+def nvmlShutdown(): pass
+def nvmlDeviceGetCount(): return 2
+"""
+
+
 class Repository:
     """A git repository with DVC, this project's code, and a pipeline of two stages."""
 
@@ -84,7 +96,8 @@ class Repository:
         named = dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"), "t")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "PYTEST_"))}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self.environment = {**kept, **named, "PATH": path, "CUDA_VISIBLE_DEVICES": "0,1"}
+        self.environment = {**kept, **named, "PATH": path}
+        self.environment.pop("CUDA_VISIBLE_DEVICES", None)
 
     def run(self, *command: str) -> str:
         return subprocess.run(
@@ -155,6 +168,7 @@ def repository(tmp_path_factory) -> Repository:
     (made.folder / ".dvc/.gitignore").write_text("/tmp\n/cache\n/config.local\n")
     (made.folder / "dvc.yaml").write_text(DVC_YAML)
     (made.folder / "fake.py").write_text(FAKE)
+    (made.folder / "pynvml.py").write_text(TWO_GPUS)  # found before the library
     (made.folder / "data/own").mkdir(parents=True)
     (made.folder / "data/own/.gitkeep").touch()
     (made.folder / "data/.gitignore").write_text("/rows\n/answers\n")
@@ -271,7 +285,7 @@ def test_a_setting_that_is_wrong_is_refused_in_one_line_before_anything_runs(tmp
     write_params(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal) as refused:
-        sweep.combinations(settings)
+        trials.combinations(settings)
     assert said in str(refused.value)
     assert str(tmp_path) not in str(refused.value) and "\n" not in str(refused.value)
 
@@ -285,33 +299,85 @@ def test_every_combination_has_a_name_that_git_takes_and_that_is_its_own(tmp_pat
         "train.seed=0",
         "evaluate.rows=null",
     ]
-    trials = sweep.combinations([*settings, "data.license=a b,'a/b',a..b,x.lock"])
-    names = [trial.name for trial in trials]
-    assert len(set(names)) == len(trials) == 16
+    made = trials.combinations([*settings, "data.license=a b,'a/b',a..b,x.lock"])
+    names = [trial.name for trial in made]
+    assert len(set(names)) == len(made) == 16
     assert all("prepare.seed=1,train.seed=0" in one or "prepare.seed=2,train.seed=0" in one for one in names)
     assert names[0].startswith("target_modules=q_proj,+v_proj,prepare.seed=1,train.seed=0,rows=null,license=a+b-")
     for one in names:
         subprocess.run(["git", "check-ref-format", f"refs/exps/{one}"], check=True)
-    assert trials[0].values["lora.target_modules"] == "q_proj, v_proj"
+    assert made[0].values["lora.target_modules"] == "q_proj, v_proj"
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(sweep, "pynvml", Nvml)
+    monkeypatch.setattr(doctor, "pynvml", Nvml)
+
+
+class Nvml:
+    """What a machine with four GPUs answers; each of them is told by the memory it has."""
+
+    class NVMLError(Exception):
+        pass
+
+    @staticmethod
+    def none(*_):
+        return 0
+
+    nvmlInit = nvmlShutdown = nvmlSystemGetCudaDriverVersion_v2 = none
+    nvmlDeviceGetCount = staticmethod(lambda: 4)
+    nvmlDeviceGetHandleByIndex = nvmlDeviceGetHandleByUUID = nvmlDeviceGetName = staticmethod(str)
+    nvmlDeviceGetMemoryInfo = staticmethod(lambda handle: SimpleNamespace(total=0, free=0))
+    nvmlDeviceGetCudaComputeCapability = staticmethod(lambda handle: (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("listed", "seen"),
+    [
+        (None, ["0", "1", "2", "3"]),
+        ("", []),
+        ("1", ["1"]),
+        ("2, 0", ["2", "0"]),
+        ("0,9,1", ["0"]),
+        ("-1", []),
+        ("1,,2", ["1"]),
+        ("2,1,2", []),
+        ("GPU-x,GPU-y", ["GPU-x", "GPU-y"]),
+        ("GPU-x,1", ["GPU-x"]),
+        ("1,GPU-x", ["1"]),
+        ("MIG-y", ["MIG-y"]),
+    ],
+)
+def test_doctor_and_sweep_see_those_gpus_that_cuda_sees(four_gpus, monkeypatch, listed, seen):
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert sweep.gpus_here() == seen
+    assert [gpu.name for gpu in doctor.gpus()[0]] == seen
+    if listed is not None:
+        with_torch = torch.cuda._parse_visible_devices()  # which does not know how many there are
+        assert [str(one) for one in with_torch if not isinstance(one, int) or one < 4][: len(seen)] == seen
 
 
 @pytest.mark.parametrize(
     ("listed", "device", "jobs", "found"),
     [
+        (None, "auto", None, ["0", "1", "2", "3"]),
         ("0,1", "auto", None, ["0", "1"]),
-        ("2, GPU-a,2", "cuda", None, ["2", "GPU-a"]),
-        ("0,1,2", "auto", 2, ["0", "1"]),
+        ("2,1,3", "auto", 2, ["2", "1"]),
         ("0,1", "cpu", None, [None]),
         ("", "auto", 3, [None] * 3),
         ("-1", "auto", None, [None]),
-        ("0", "auto", 2, "--jobs 2: there are 1 GPUs here"),
+        ("0,9", "auto", 2, "--jobs 2: there are 1 GPUs here"),
         ("", "cuda", None, "machine.device is cuda, but there is no GPU here"),
     ],
 )
 def test_never_two_on_one_gpu_and_on_a_cpu_one_at_a_time_unless_told_otherwise(
-    monkeypatch, listed, device, jobs, found
+    four_gpus, monkeypatch, listed, device, jobs, found
 ):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     machine = load(ROOT / "params.yaml").machine.model_copy(update={"device": device})
     if isinstance(found, list):
         assert sweep.places(machine, jobs) == found
@@ -363,7 +429,7 @@ def test_the_page_has_every_experiment_and_no_text_of_a_parameter_is_markup(tmp_
     monkeypatch.setattr(sweep_page, "read", lambda revision: experiment("", 60 + 7 * int(revision)).rows)
     monkeypatch.setattr(sweep_page, "timings", lambda revision: {})
     write_params(tmp_path)
-    params = sweep.load(tmp_path / "params.yaml")
+    params = load(tmp_path / "params.yaml")
     pages = []
     for texts in (["plain $x$"] * count, [HOSTILE[n] + " $\\frac{" for n in range(count)]):
         finished = {f"{text} {n}": ({"lora.r": 2**n, "data.license": text}, str(n)) for n, text in enumerate(texts)}

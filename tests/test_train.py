@@ -1,5 +1,6 @@
 """The train stage on a tiny model: the same bytes twice, the same curve whatever the machine, no adapter from NaN."""
 
+import contextlib
 import csv
 import json
 import math
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from stages import train
 from stages.encode import SCHEMA
+from stages.models import checkpoints, room
 from stages.models.fused import KINDS, _FusedLora, _Gated, _gated_lora_forward, _WideLora, fuse
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.lora import add_adapters, load_adapter
@@ -24,7 +26,7 @@ from stages.models.packs import IGNORED, pack
 from stages.models.ranks import ALONE
 from stages.params import Lora, load
 from stages.questions import Questions
-from stages.refusal import Refusal
+from stages.refusal import SPARE_BYTES, Refusal
 from tests.conftest import CHAT, LORA, write_asked
 
 
@@ -112,6 +114,34 @@ def test_another_seed_gives_another_adapter(trained):
         load_file(trained(str(seed), **{"train.seed": seed}) / "adapter/adapter_model.safetensors") for seed in (1, 2)
     )
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("keep", "init"), [("last", "default"), ("best", "default"), ("last", "pissa")])
+def test_checkpoints_and_adapter_take_the_room_that_train_and_the_doctor_ask_for(trained, monkeypatch, keep, init):
+    seen = []
+
+    def look(folder, sync=checkpoints._sync_folder):  # a checkpoint has been written, and none deleted yet
+        run = folder.parent if folder.name == "partial" else folder
+        seen.append(sum(path.stat().st_size for path in run.rglob("*") if path.is_file()))
+        sync(folder)
+
+    monkeypatch.setattr(checkpoints, "_sync_folder", look)
+    often = {"machine.checkpoint_minutes": 1e-9, "train.validations": 6}
+    folder = trained("run", **{"lora.r": 16, "train.keep": keep, "lora.init": init, **often})
+    expected = room.checkpoints_bytes(said(folder)["trainable_parameters"], keep == "best")
+    assert expected < max(seen) < expected + 100_000  # beside the tensors' values
+    saved = (folder / "adapter/adapter_model.safetensors").stat().st_size
+    assert 0 < saved - room.adapter_bytes(said(folder)["trainable_parameters"], init) < 10_000
+
+
+@pytest.mark.parametrize(("free", "keep", "refused"), [(8.5, "last", True), (9.5, "last", False), (9.5, "best", True)])
+def test_without_room_for_its_checkpoints_nothing_is_trained(trained, monkeypatch, free, keep, refused):
+    """`free`: in float32s for each value that is trained."""
+    trainable = said(trained("before"))["trainable_parameters"]
+    left = shutil._ntuple_diskusage(1 << 40, 0, int(4 * free * trainable) + SPARE_BYTES)
+    monkeypatch.setattr("stages.outputs.shutil.disk_usage", lambda _: left)
+    with pytest.raises(Refusal, match="its disk has") if refused else contextlib.nullcontext():
+        trained("full", **{"train.keep": keep})
 
 
 def test_the_metrics_say_what_was_trained(trained):

@@ -1,12 +1,17 @@
 """What a person watches while it trains: gauges, telemetry, the table and the lines, and who else is told."""
 
+import contextlib
 import csv
 import io
 import itertools
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import psutil
 import pynvml
@@ -18,6 +23,7 @@ from stages.models import trackers
 from stages.models.watch import LINES, QUIET_SECONDS, Gauges, Reading, Telemetry, Watch
 from stages.refusal import Refusal
 from tests import test_train
+from tests.conftest import ROOT
 
 trained = test_train.trained  # the fixture
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -240,7 +246,7 @@ class Tracker:
         self.told: list[tuple[int, dict]] = []
         self.parameters: dict = {}
         self.gate = threading.Event()
-        self.finished = False
+        self.status = ""
 
     def start(self):
         if self.fails == "start":
@@ -256,10 +262,10 @@ class Tracker:
             self.gate.wait(60)
         self.told.append((step, values))
 
-    def finish(self):
+    def finish(self, status):
         if self.fails == "finish":
             raise ConnectionResetError("the server is gone")
-        self.finished = True
+        self.status = status
 
 
 @pytest.fixture
@@ -270,7 +276,7 @@ def listening(monkeypatch):
         monkeypatch.setattr(trackers, "refuse_missing", lambda names: None)
         monkeypatch.setattr("stages.train.refuse_missing", lambda names: None)
         monkeypatch.setattr(trackers, "ERRORS", {})
-        monkeypatch.setattr(trackers, "_tracker", lambda name, run, logs: named[name])
+        monkeypatch.setattr(trackers, "_tracker", lambda name, run, logs: (named[name], named[name].finish))
         return named
 
     return put
@@ -284,6 +290,16 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_to_type(monkeypatc
     trackers.refuse_missing([])
 
 
+def test_a_tracker_that_does_not_begin_in_time_is_refused(listening, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trackers, "BEGIN_SECONDS", 0.2)
+    silent = listening(mlflow=Tracker())["mlflow"]
+    monkeypatch.setattr(silent, "start", silent.gate.wait)
+    with pytest.raises(Refusal, match="mlflow has not begun after 0 s"), trackers.started(["mlflow"], {}):
+        pytest.fail("it began")
+    silent.gate.set()
+
+
 def test_a_tracker_that_cannot_begin_is_refused_in_a_line_and_those_that_have_begun_are_ended(
     listening, tmp_path, monkeypatch
 ):
@@ -294,7 +310,7 @@ def test_a_tracker_that_cannot_begin_is_refused_in_a_line_and_those_that_have_be
         trackers.started(list(named), {}),
     ):
         pytest.fail("it began")
-    assert named["tensorboard"].finished
+    assert named["tensorboard"].status == "FAILED"
 
 
 def test_a_file_in_the_way_of_the_logs_is_refused(listening, tmp_path, monkeypatch):
@@ -312,8 +328,8 @@ def test_a_file_in_the_way_of_the_logs_is_refused(listening, tmp_path, monkeypat
     ("fails", "said"),
     [
         ("log", "wandb is told nothing from step 3 on: 'whatever a client raises'; training goes on\n"),
-        ("finish", "wandb is told nothing from step 6 on: the server is gone; training goes on\n"),
-        ("hangs", "wandb is told nothing from step 3 on: it took over 1 s; training goes on\n"),
+        ("finish", "wandb is told nothing from step 6 on: the server is gone; it may show the run as running\n"),
+        ("hangs", "wandb is told nothing from step 3 on: it took over 1 s; it may show the run as running\n"),
     ],
 )
 def test_a_tracker_that_fails_leaves_a_line_and_training_and_the_other_trackers_as_they_would_have_been(
@@ -338,7 +354,7 @@ def test_a_tracker_that_fails_leaves_a_line_and_training_and_the_other_trackers_
         assert losses == [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row["loss"]]
     assert [step for step, values in named["tensorboard"].told if "validation_loss" in values] == [2, 4, 6]
     assert {"gradient_norm", "learning_rate", "tokens_per_second", "memory_gib"} < set(named["tensorboard"].told[0][1])
-    assert named["tensorboard"].finished
+    assert named["tensorboard"].status == "FINISHED"
     parameters = named["tensorboard"].parameters
     assert (parameters["lora.r"], parameters["train.batch_size"], parameters["steps"]) == (4, 4, 6)
     assert all(isinstance(value, (int, float, str)) for value in parameters.values())
@@ -354,8 +370,97 @@ def test_a_tracker_that_is_slower_than_the_steps_is_told_of_fewer_but_of_every_v
             tell({"loss": 1.0}, step)
         tell({"validation_loss": 2.0}, 1000)
         slow.gate.set()
-    assert len(slow.told) == trackers.MOST_UNTOLD + 1
-    assert slow.told[-1] == (1000, {"validation_loss": 2.0}) and slow.finished
+    assert len(slow.told) <= trackers.MOST_UNTOLD + 2  # the one that it was at, and the validation
+    assert slow.told[-1] == (1000, {"validation_loss": 2.0}) and slow.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [(None, "FINISHED"), (Refusal("the loss is not finite"), "FAILED"), (KeyError("a fault"), "FAILED"),
+     (SystemExit(143), "KILLED"), (KeyboardInterrupt(), "KILLED")],
+)  # fmt: skip
+def test_a_tracker_is_told_how_training_ended(listening, tmp_path, monkeypatch, ends, status):
+    monkeypatch.chdir(tmp_path)
+    named = listening(mlflow=Tracker())
+    with contextlib.suppress(BaseException), trackers.started(["mlflow"], {}) as tell:
+        tell({"loss": 1.0}, 1)
+        if ends:
+            raise ends
+    assert named["mlflow"].status == status
+
+
+def test_each_tracker_is_told_of_the_end_in_its_own_words_and_tells_its_makers_nothing(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(end_run=told.append, set_tracking_uri=str))
+    monkeypatch.setattr("accelerate.tracking.is_mlflow_available", lambda: True, raising=False)
+    private = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_DISABLE_CODE": "true"}
+    others = ["WANDB_DISABLE_GIT", "WANDB_CONSOLE", "WANDB_FINISH_TIMEOUT"]
+    others += ["MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"]
+    for variable in (*private, *others):
+        monkeypatch.setenv(variable, "")  # so that it is as before when this test is done
+        monkeypatch.delenv(variable)
+    _, finish = trackers._tracker("mlflow", "run", tmp_path)
+    finish(trackers.FAILED)
+    wandb, finish = trackers._tracker("wandb", "run", tmp_path)
+    wandb.run = SimpleNamespace(finish=lambda exit_code: told.append(exit_code))
+    for status in (trackers.FINISHED, trackers.FAILED, trackers.KILLED):
+        finish(status)
+    board, finish = trackers._tracker("tensorboard", "run", tmp_path)
+    board.writer = SimpleNamespace(close=lambda: told.append("closed"))
+    finish(trackers.FAILED)
+    assert told == ["FAILED", 0, 1, 1, "closed"]
+    assert {variable: os.environ[variable] for variable in private} == private
+
+
+HANGS = """
+import sys, threading
+from stages import refusal
+from stages.models import trackers
+
+class Silent:
+    def __init__(self): self.asked = threading.Event()
+    def start(self): pass
+    def store_init_configuration(self, values): pass
+    def log(self, values, step):
+        self.asked.set()
+        threading.Event().wait()
+
+trackers.END_SECONDS = 0.2
+trackers.ERRORS = {}
+silent = {"mlflow": Silent(), "wandb": Silent()}
+trackers._tracker = lambda name, *_: (silent[name], print)
+
+def main(arguments):
+    with trackers.started(["mlflow", "wandb"], {}) as tell:
+        for step in range(3):
+            tell({"loss": 1.0}, step)
+        for one in silent.values():
+            one.asked.wait()
+        if arguments:
+            print("begun", flush=True)
+            threading.Event().wait()
+
+refusal.run(main)
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_process_ends_though_its_trackers_hang_and_when_it_is_told_to_in_its_own_way(tmp_path, stopped):
+    """Not by the alarm that would kill it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_ROOT": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGS, *["wait"] * stopped],
+        env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if stopped:
+        process.stdout.readline()
+        process.terminate()
+    try:
+        said = process.communicate(timeout=60)[1].splitlines()
+    finally:
+        process.kill()
+    assert process.returncode == (128 + signal.SIGTERM if stopped else 0), said
+    assert len([line for line in said if "is told nothing from step 0 on: it took over" in line]) == 2, said
 
 
 def test_training_leaves_telemetry_up_to_its_last_step_and_says_how_it_goes(trained, capsys):

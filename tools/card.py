@@ -19,8 +19,8 @@ from stages.page import score
 from stages.params import Params, Section, load
 from stages.rows import Record
 from tools.licence import Licence
+from tools.repository import BASE, PROVENANCE
 
-BASE = Path("models/base")
 # What a task trains a model to do, and a row of its form.
 TASKS = {
     "chat": (
@@ -142,7 +142,7 @@ def write(
     """Write the card of `kind`, adapter or merged, that `commit` of the repository at `remote` makes, for the hub's
     repository `name`; `made` is the output's entry in dvc.lock."""
     params = load()
-    base, rows = (read(folder / "provenance.json") for folder in (BASE, Path("data/raw")))
+    base, rows = map(read, PROVENANCE)
     metrics = {of: read(Path(f"metrics/{of}.json")) for of in ("data", "train", "merge", "comparison", "tuned")}
     family = read(BASE / "config.json")["model_type"]
     templates = jinja2.Environment(

@@ -25,6 +25,14 @@ if [ ! -e lorepro ]; then
 	cp -R "$here/own/." .lorepro.partial/
 	mv .lorepro.partial lorepro
 fi
+commit=$(git bundle list-heads "$here/repository.bundle" HEAD | cut -d ' ' -f 1)
+git -C lorepro merge-base --is-ancestor "$commit" HEAD 2>/dev/null || {
+	echo "error: ./lorepro was there before and has not the commit that this folder brings, $commit; bring it there with" \
+		"git -C lorepro pull '$here/repository.bundle' HEAD, or run this in another folder, an empty one" >&2
+	exit 2
+}
+[ "$(git -C lorepro rev-parse HEAD)" = "$commit" ] ||
+	echo "warning: ./lorepro is further than the commit that this folder brings, $commit; it runs as it is" >&2
 cd lorepro
 make install PYTHON="$python"
 PATH="$PWD/.venv/bin:$PATH"

@@ -6,10 +6,12 @@
 There, from an empty folder: FOLDER/run, or FOLDER/run STAGE to go no further than that stage. It takes git, make and
 that Python. The folder holds the commit that is checked out here, the model and the data as the download stages left
 them, with data/own and models/own, and a wheel for each line of requirements.txt and for what those lines leave to
-others (NVIDIA's packages to torch). pip's own settings say where the wheels come from.
+others (NVIDIA's packages to torch). pip's own settings say where the wheels come from; how much room they take, which
+may be several GB, is not known before they are there.
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -19,19 +21,18 @@ import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
-from dvc.repo import Repo
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
-from ruamel.yaml import YAML
 
-from stages.outputs import new_folder
+from stages.outputs import new_folder, refuse_without_room
 from stages.refusal import Refusal, run
-from tools.verify import LOCK, outputs
+from stages.sources.path import WATCHED
+from tools.repository import LOCK, cache, git, object_of, outputs, read_lock, uncommitted
 
 REQUIREMENTS = Path("requirements.txt")
 SCRIPT = Path(__file__).with_name("carried_run.sh")
 DOWNLOADS = ("download@model", "download@data")
-OWN = (Path("data/own"), Path("models/own"))
+OBJECTS = Path("objects/files/md5")  # laid out as a remote of DVC
 # torch is built for glibc 2.28; a wheel for a later one would not run on every system that torch runs on
 GLIBC = (28, 27, 26, 24, 17, 12, 5)
 
@@ -48,11 +49,15 @@ def main(arguments: list[str]) -> None:
     if not re.fullmatch(r"3\.1[0-3]", options.python):
         raise Refusal(f"--python {options.python}: should be 3.10, 3.11, 3.12 or 3.13")
     refuse_uncommitted()
+    downloads, own = downloaded(), own_files()
+    refuse_without_room(options.folder, history_bytes() + sum(path.stat().st_size for path in (*downloads, *own)))
     with new_folder(options.folder) as folder:
         bundle(folder / "repository.bundle")
-        copy_downloads(folder / "objects" / "files" / "md5")
-        for own in OWN:
-            shutil.copytree(own, folder / "own" / own)  # what a link points to, not the link
+        for path in downloads:
+            (folder / OBJECTS / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / OBJECTS / path.parent.name / path.name)
+        for path in WATCHED:
+            shutil.copytree(path, folder / "own" / path)  # what a link points to, not the link
         collect(folder / "wheels", options.python, options.machine)
         script = SCRIPT.read_text(encoding="utf-8").replace("PYTHON_VERSION", options.python)
         (folder / "run").write_text(script, encoding="utf-8")
@@ -65,17 +70,10 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Refusal(f"git {arguments[0]} fails: {done.stderr}; run in the top folder of a clone")
-    return done.stdout
-
-
 def refuse_uncommitted() -> None:
     """The folder holds a commit: raise Refusal where what is here differs from it."""
-    changed = [line[3:] for line in git("status", "--porcelain", "--untracked-files=no").splitlines()]
-    if changed:
+    # what is new may be a note; in stages it is a task of one's own
+    if changed := list(dict.fromkeys([*uncommitted(new=False), *uncommitted("stages")])):
         raise Refusal(f"{', '.join(changed[:5])}: holds what no commit does, and would stay here so; git commit first")
     if not git("ls-files", str(LOCK)):
         raise Refusal(f"{LOCK}: is in no commit; dvc repro, then git add {LOCK} and git commit")
@@ -83,25 +81,39 @@ def refuse_uncommitted() -> None:
 
 def bundle(file: Path) -> None:
     """Write the commit that is checked out, its history and its branch's name."""
-    if git("rev-parse", "--is-shallow-repository").strip() == "true":
+    if git("rev-parse", "--is-shallow-repository") == "true":
         raise Refusal("this clone is shallow, and git makes no bundle of such; git fetch --unshallow first")
-    branch = git("branch", "--show-current").strip()
+    branch = git("branch", "--show-current")
     git("bundle", "create", "--quiet", str(file), "HEAD", *([branch] if branch else []))
 
 
-def copy_downloads(place: Path) -> None:
-    """Copy what the download stages have made out of DVC's cache; DVC checks each file's hash when it is taken over."""
-    lock = YAML(typ="safe", pure=True).load(LOCK)
-    stages = {name: entry for name, entry in lock["stages"].items() if name in DOWNLOADS}
-    cache = Path(Repo(".").cache.local.path)
+def history_bytes() -> int:
+    """About what the bundle will take."""
+    counted = dict(line.split(": ") for line in git("count-objects", "-v").splitlines())
+    return (int(counted["size"]) + int(counted["size-pack"])) << 10
+
+
+def downloaded() -> list[Path]:
+    """What the download stages have made, in DVC's cache; DVC checks each file's hash when it is taken over."""
+    stages = {name: entry for name, entry in read_lock()["stages"].items() if name in DOWNLOADS}
+    held = cache()
     folders = [out["md5"] for entry in stages.values() for out in entry["outs"]]
-    names = {*folders, *(name for _, name, _ in outputs({"stages": stages}, cache))}
-    missing = [name for name in names if not (cache / name[:2] / name[2:]).is_file()]
-    if len(stages) < len(DOWNLOADS) or missing:
+    names = {*folders, *(name for _, name, _ in outputs({"stages": stages}, held))}
+    found = [object_of(held, name) for name in sorted(names)]
+    if len(stages) < len(DOWNLOADS) or not all(path.is_file() for path in found):
         raise Refusal(f"{LOCK}: names a model or data that is not here; dvc repro {' '.join(DOWNLOADS)}")
-    for name in sorted(names):
-        (place / name[:2]).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(cache / name[:2] / name[2:], place / name[:2] / name[2:])
+    return found
+
+
+def own_files() -> list[Path]:
+    """What lies in data/own and models/own, and where links there lead; raises Refusal where one leads nowhere."""
+    walked = (found for own in WATCHED for found in os.walk(own, followlinks=True))
+    files = [Path(folder) / name for folder, _, names in walked for name in names]
+    for path in files:
+        if not (path.is_file() and os.access(path, os.R_OK)):
+            link = f", a link to {path.readlink()}," if path.is_symlink() else ""
+            raise Refusal(f"{path}{link} cannot be read, and so not be carried; mend it, or take it away")
+    return files
 
 
 def collect(wheels: Path, python: str, machine: str) -> None:

@@ -6,6 +6,7 @@ Reads the answers that both stored, data/answers/tuned.jsonl unless another file
 files as they are here. Rows that only one of them has answered are left out, and counted.
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,17 @@ def table(before: list[dict], after: list[dict], names: tuple[str, str]) -> list
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) not in (2, 3):
-        raise Refusal("usage: python -m tools.compare EXP1 EXP2 [ANSWERS]")
-    first, second = (answers(revision, *(arguments[2:] or [ANSWERS])) for revision in arguments[:2])
+    parser = argparse.ArgumentParser(prog="python -m tools.compare", description="What the second has over the first.")
+    parser.add_argument("before", metavar="EXP1", help="an experiment, branch or commit, or workspace")
+    parser.add_argument("after", metavar="EXP2")
+    parser.add_argument("answers", nargs="?", default=ANSWERS, metavar="ANSWERS", help=f"{ANSWERS}, if left out")
+    options = parser.parse_args(arguments)
+    names = options.before, options.after
+    first, second = (answers(revision, options.answers) for revision in names)
     shared = sorted(first.keys() & second.keys())
     if not shared:
-        raise Refusal(f"{arguments[0]} and {arguments[1]} answered different rows; compare runs of the same test rows")
-    print("\n".join(table([first[i] for i in shared], [second[i] for i in shared], (arguments[0], arguments[1]))))
+        raise Refusal(f"{names[0]} and {names[1]} answered different rows; compare runs of the same test rows")
+    print("\n".join(table([first[i] for i in shared], [second[i] for i in shared], names)))
     left_out = len(first) + len(second) - 2 * len(shared)
     more = f"; {left_out} answers to rows that only one answered are left out" if left_out else ""
     print(f"{len(shared)} rows in {len({first[i]['group'] for i in shared})} groups{more}")

@@ -6,6 +6,7 @@ A line each: `error: …` on stderr for what the run is sure to fail at (exit st
 wrong or slowly, and on stdout what there is and what will be needed. Nothing is written, and torch is not imported.
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -26,12 +27,15 @@ try:
 
     from stages import params, rows
     from stages.download import PROVENANCE, find_template
+    from stages.models import room
     from stages.models.trackers import refuse_missing
     from stages.params import Params
     from stages.refusal import DISK_FULL, SPARE_BYTES, Refusal, run
     from stages.sources import kept, transfer
     from stages.sources.provenance import Announced
     from tools import memory
+    from tools.gpus import visible
+    from tools.repository import ADAPTER, BASE, MERGED, RAW
 except ModuleNotFoundError as missing:
     how = "source .venv/bin/activate, after make run has made it; or pip install -r requirements.txt"
     print(f"error: {missing.name} is not installed for {sys.executable}; {how}", file=sys.stderr)
@@ -45,7 +49,6 @@ ROWS = 20  # of the data, read through the task
 READ_BYTES = 64 << 20  # a .json file is read as a whole: a larger one takes too long
 UNPACKED = 4  # times a GGUF file's size that its weights take in 16 bits; 4.5 bits each is the least that is opened
 ERROR = 0.15  # of tools.memory's figures (bench/results/gpus.json)
-ADAMW_BYTES = 12  # a trained parameter in a checkpoint: value and two moments; two checkpoints are there at times
 GIB = memory.GIB
 
 
@@ -124,13 +127,10 @@ def gpus() -> tuple[list[Gpu], int] | None:
     except pynvml.NVMLError:
         return [], 0
     try:
-        count = pynvml.nvmlDeviceGetCount()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(count)]
-        wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if wanted is not None:
-            handles = visible(wanted, handles)
         seen = []
-        for handle in handles:
+        for gpu in visible(pynvml.nvmlDeviceGetCount()):
+            find = pynvml.nvmlDeviceGetHandleByIndex if gpu.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID
+            handle = find(int(gpu) if gpu.isdecimal() else gpu)
             held = pynvml.nvmlDeviceGetMemoryInfo(handle)
             capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
             seen.append(Gpu(pynvml.nvmlDeviceGetName(handle), held.total, held.free, capability))
@@ -139,19 +139,6 @@ def gpus() -> tuple[list[Gpu], int] | None:
         return None
     finally:
         pynvml.nvmlShutdown()
-
-
-def visible(wanted: str, handles: list[Any]) -> list[Any]:
-    """Those of `handles` that the variable's numbers or ids name, up to the first that is none, as CUDA has it."""
-    chosen = []
-    for part in filter(None, wanted.split(",")):
-        if part.strip().isdigit() and int(part) < len(handles):
-            chosen.append(handles[int(part)])
-        elif part.strip().startswith(("GPU-", "MIG-")):
-            chosen.append(pynvml.nvmlDeviceGetHandleByUUID(part.strip().encode()))
-        else:
-            break
-    return chosen
 
 
 def build() -> Build:
@@ -355,7 +342,9 @@ def check_disk(settings: Params, what: dict[str, Announced | None], shape: memor
         most["the merged model"] = weights + UNPACKED * packed
         least += 0 if MERGED.exists() else weights
     if shape is not None:
-        most["adapter and checkpoints"] = memory.adapter_parameters(shape, settings.lora) * (4 + 2 * ADAMW_BYTES)
+        trained = memory.adapter_parameters(shape, settings.lora)
+        kept = room.checkpoints_bytes(trained, settings.train.keep == "best")
+        most["adapter and checkpoints"] = room.adapter_bytes(trained, settings.lora.init) + kept
     if data is not None:  # conversations, tokens and answers, each about as large as the rows
         most["the data"] = 4 * sum(size or 0 for size in data.sizes.values())
     needed, free = sum(most.values()), shutil.disk_usage(".").free
@@ -475,8 +464,9 @@ def examine() -> Found:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise Refusal("usage: python -m tools.doctor")
+    argparse.ArgumentParser(prog="python -m tools.doctor", description="Say what would stop a run.").parse_args(
+        arguments
+    )
     found = examine()
     for fact in found.facts:
         print(fact)

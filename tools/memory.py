@@ -137,7 +137,15 @@ def shape(config: dict[str, Any], weight_bytes: int | None = None) -> Shape | No
 
 
 def adapter_parameters(model: Shape, lora: Lora) -> int:
-    return model.layers * sum(lora.r * (a + b) for a, b in adapted(model, lora).values())
+    """The values that are trained (stages/models/lora.py): adapters; DoRA's lengths; of embedding and head the trained
+    tokens' rows, or all, and once where they are one matrix."""
+    sizes = adapted(model, lora).values()
+    adapters = model.layers * sum(lora.r * (a + b) + (b if lora.method == "dora" else 0) for a, b in sizes)
+    matrices = 1 if model.tied else 2
+    rows = len(set(lora.trainable_tokens)) * matrices
+    if lora.modules_to_save:
+        rows = model.vocabulary * min(matrices, len(set(lora.modules_to_save)))
+    return adapters + rows * model.hidden
 
 
 def adapted(model: Shape, lora: Lora) -> dict[str, tuple[int, int]]:

@@ -17,8 +17,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dvc.exceptions import DvcException
@@ -28,10 +29,10 @@ from stages.models.checkpoints import DOWNLOADS, KEPT_DAYS, STATE, locked
 from stages.outputs import size
 from stages.refusal import Refusal, run
 from stages.sources import kept
+from tools.repository import PROVENANCE, RUNS, members, object_of
+from tools.verify import Check
 
-RUNS = Path(".runs")
 SWEEP = "sweep"  # where tools/sweep.py keeps its clones, and its lock
-PROVENANCE = (Path("models/base/provenance.json"), Path("data/raw/provenance.json"))
 NEEDED_BY = {"all_branches": True, "all_tags": True, "all_experiments": True}  # and by the workspace
 
 
@@ -45,11 +46,11 @@ class Unneeded:
     remove: Callable[[], object]
 
 
-def cached(repo: Repo, made: set[str]) -> Iterator[Unneeded]:
+def cached(repo: Repo, made: Collection[str]) -> Iterator[Unneeded]:
     """What no output that is needed consists of. `dvc gc` would take small files too, such as metrics, that git holds
     and without which a stage runs again. An object that is linked from elsewhere frees nothing."""
     # force: a folder's listing that is not in this cache has no members there that anything could find
-    used = made | {info.value for infos in repo.used_objs(**NEEDED_BY, force=True).values() for info in infos}
+    used = {*made} | {info.value for infos in repo.used_objs(**NEEDED_BY, force=True).values() for info in infos}
     here = Path(repo.root_dir).resolve()
     stores = {store.path: store for _, store in repo.cache.by_scheme() if store}
     paths = []
@@ -64,12 +65,12 @@ def cached(repo: Repo, made: set[str]) -> Iterator[Unneeded]:
         yield Unneeded(count, why, on_disk(paths), lambda: [path.unlink() for path in paths])
 
 
-def checkpoints(made: set[str]) -> Iterator[Unneeded]:
-    """Those whose result DVC has, and old ones; never those of a training that goes on."""
+def checkpoints(made: dict[str, set[tuple[str, ...]]], place: Path) -> Iterator[Unneeded]:
+    """Those whose result DVC has in its cache, `place`, and old ones; never those of a training that goes on."""
     for folder in sorted(RUNS.iterdir() if RUNS.is_dir() else ()):
         if not folder.is_dir() or folder.name == DOWNLOADS or held(folder):
             continue
-        if finished(folder) in made:
+        if any(all(whole(place, name) for name in names) for names in made.get(finished(folder), ()) if names):
             why = "training is done, and DVC has its result"
         elif old(folder):
             why = f"nobody has gone on from it for {KEPT_DAYS} days"
@@ -105,9 +106,24 @@ def finished(folder: Path) -> str:
     return ""
 
 
-def recorded(repo: Repo) -> set[str]:
-    """The md5 of every output of the workspace, the branches, tags and experiments."""
-    return {out.hash_info.value for _ in repo.brancher(**NEEDED_BY) for out in repo.index.outs if out.hash_info}
+def recorded(repo: Repo) -> dict[str, set[tuple[str, ...]]]:
+    """The md5 of every output of the workspace, the branches, tags and experiments; with each, of the stages that made
+    it, the md5 of all that the cache holds of their outputs, where it is whole."""
+    made: dict[str, set[tuple[str, ...]]] = {}
+    for _ in repo.brancher(**NEEDED_BY):
+        for stage in repo.index.stages:
+            outs = [out for out in stage.outs if out.hash_info]
+            held = tuple(sorted(out.hash_info.value for out in outs if out.use_cache))
+            for out in outs:
+                made.setdefault(out.hash_info.value, set()).add(held)
+    return made
+
+
+def whole(place: Path, name: str) -> bool:
+    """Whether the cache has the output with that md5, every file of it as it was made."""
+    names = [member["md5"] for member in members(place, name) or []] if name.endswith(".dir") else [name]
+    checks = [Check(partial(object_of(place, one).open, "rb"), one, "is not what it was") for one in names]
+    return bool(checks) and not any(check.fails() for check in checks)
 
 
 def downloads() -> Iterator[Unneeded]:
@@ -172,7 +188,7 @@ def main(arguments: list[str]) -> None:
         with Repo(".") as repo, repo.lock, sweep:
             refuse_while_dvc_runs(repo)
             made = recorded(repo)
-            found = [*cached(repo, made), *checkpoints(made), *downloads()]
+            found = [*cached(repo, made), *checkpoints(made, Path(repo.cache.local.path)), *downloads()]
             for one in found:
                 print(f"{size(one.freed):>10}  {one.what}: {one.why}")
                 if options.yes:

@@ -10,7 +10,6 @@ repository has the whole model or none of it. What was sent before a cut is not 
 import argparse
 import fnmatch
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,22 +21,20 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
-from ruamel.yaml import YAML
 
 from stages.outputs import new_folder
 from stages.params import TOKENS, load
 from stages.refusal import Refusal, run
 from stages.sources import repository
 from stages.sources.hub import SITE
+from stages.sources.path import WATCHED
 from tools import card, licence, verify
+from tools.repository import ADAPTER, BASE, LOCK, MERGED, RUNS, cache, git, outputs, read_lock, uncommitted
 
-BASE = Path("models/base")
-MODELS = {"adapter": Path("models/adapter"), "merged": Path("models/merged")}
-LOCK = Path("dvc.lock")
-FOLDERS = Path(".runs/publish")
+MODELS = {"adapter": ADAPTER, "merged": MERGED}
+FOLDERS = RUNS / "publish"
 # Beside the stages' code. What lies in models/own and data/own need not be in git: the card names it, with its sha256.
 RECIPE = ("dvc.yaml", "dvc.lock", "params.yaml", "requirements.txt")
-OWN = ("models/own", "data/own")
 LICENCES = ("licen[cs]e*", "*terms*")
 ALONG = (*LICENCES, "notice*", "use_policy*")
 # Of the base, what the adapter is used with: a pretrained one has no chat template, and does not end its answers.
@@ -62,13 +59,6 @@ def find_licence(given: Path | None) -> licence.Licence:
     return licence.read(found)
 
 
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Refusal(f"git {arguments[0]}: {done.stderr.strip()}; publishing names the commit that made the model")
-    return done.stdout.rstrip()
-
-
 def some(of: list[str]) -> str:
     return ", ".join(of[:3]) + (", …" if len(of) > 3 else "")
 
@@ -77,7 +67,7 @@ def refuse_another_state(model: Path, lock: dict) -> str:
     """The commit that makes the outputs as they are here; raises Refusal where there is none."""
     try:
         with Repo(".") as repo:
-            changed, cache = repo.status(), Path(repo.cache.local.path)
+            changed = repo.status()
     except DvcException as error:
         raise Refusal(f"dvc status fails: {error}; wait for what runs, or see what dvc status says") from None
     if changed:
@@ -86,11 +76,9 @@ def refuse_another_state(model: Path, lock: dict) -> str:
             "dvc repro, git commit, and publish again"
         )
     used = {dep["path"] for entry in lock["stages"].values() for dep in (*entry.get("deps", []), *entry["outs"])}
-    paths = sorted({*RECIPE, *used} - set(OWN))
-    changed = [line[3:] for line in git("status", "--porcelain", "--untracked-files=all", "--", *paths).splitlines()]
-    if changed:
+    if changed := uncommitted(*sorted({*RECIPE, *used} - set(map(str, WATCHED)))):
         raise Refusal(f"{some(changed)}: not committed, so that no commit makes this model; git commit, and try again")
-    for path, md5, _ in verify.outputs(lock, cache):  # DVC believes a file that was changed in place
+    for path, md5, _ in outputs(lock, cache()):  # DVC believes a file that was changed in place
         wrong = f"{path}: is not what dvc.lock says; python -m tools.verify tells what to do"
         if path.is_relative_to(model) and verify.Check(partial(path.open, "rb"), md5, wrong).fails():
             raise Refusal(wrong)
@@ -102,6 +90,17 @@ def remote() -> str | None:
     done = subprocess.run(["git", "remote", "get-url", "origin"], capture_output=True, text=True, check=False)
     found = re.fullmatch(r"(?:https?://|ssh://)?(?:[^/@]*@)?([\w.-]+\.\w+)[:/](?!\d+/)([^?#\s]+)", done.stdout.strip())
     return found and f"https://{found[1]}/{found[2]}"
+
+
+def warn_unpushed(commit: str) -> None:
+    """Say that others may not find the commit that the card names. Only git push tells a clone what a remote has: what
+    went there in another way is not known here, so that this is no reason to refuse."""
+    if remote() and not git("for-each-ref", "--contains", commit, "refs/remotes/origin"):
+        print(
+            f"warning: commit {commit[:12]}, which the card names, is on no branch of origin that this clone knows of; "
+            "git push, or nobody else can make the model again",
+            file=sys.stderr,
+        )
 
 
 def fill(folder: Path, kind: str, name: str, asked: licence.Licence, commit: str, lock: dict) -> None:
@@ -142,7 +141,7 @@ def write_notice(folder: Path, asked: licence.Licence, base: str) -> None:
 
 def send(folder: Path, name: str, token: str, message: str, private: bool, replace: bool) -> str:
     """Make the repository where there is none, and commit the folder to it; return the address of the commit."""
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or SITE
+    endpoint = repository.address("HF_ENDPOINT", SITE)
     shown = repository.shown(endpoint)
     api = HfApi(endpoint=endpoint, token=token, library_name="lorepro")
     # With xet, the library would need a second service beside the hub, which not every hub has. The plain LFS protocol
@@ -221,8 +220,9 @@ def main(arguments: list[str]) -> None:
     asked = find_licence(options.license)
     if not asked.allows(name.partition("/")[2]):
         raise Refusal(f"{name}: {asked.file} asks for a name that begins with {asked.name!r}; choose another")
-    lock = YAML(typ="safe", pure=True).load(LOCK)
+    lock = read_lock()
     commit = refuse_another_state(MODELS[kind], lock)
+    warn_unpushed(commit)
     folder = FOLDERS / name.replace("/", "--")
     with new_folder(folder) as partial_folder:
         fill(partial_folder, kind, name, asked, commit, lock)

@@ -8,10 +8,10 @@ A section's keys are replaced one by one; task, whose keys are those of one task
 `over: NAME` is laid over that one.
 """
 
+import argparse
 import difflib
 import io
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from stages.outputs import new_file
 from stages.params import load
 from stages.refusal import Refusal, run
+from tools.repository import uncommitted
 
 PARAMS = Path("params.yaml")
 RECIPES = Path("recipes")
@@ -58,33 +59,28 @@ def title(recipe: Path) -> str:
     return re.split(r"[.:](?:\s|$)", comment)[0]
 
 
-def saved() -> bool:
-    """Whether git has params.yaml as it is now."""
-    found = subprocess.run(["git", "status", "--porcelain", PARAMS], capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise Refusal(f"{PARAMS}: git does not answer for it: {found.stderr.strip()}; clone the repository with git")
-    return not found.stdout
-
-
 def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.recipe", description="Lay a recipe over params.yaml.")
+    parser.add_argument("name", nargs="?", help="left out, those there are")
+    name = parser.parse_args(arguments).name
     known = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
-    if not arguments:
+    if name is None:
         print("\n".join(f"{name:24} {title(path)}" for name, path in known.items()))
         return
-    if len(arguments) > 1 or arguments[0] not in known:
-        near = difflib.get_close_matches(arguments[0], known, n=1)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
         meant = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
-        raise Refusal(f"{' '.join(arguments)} is not a recipe; {meant}")
+        raise Refusal(f"{name} is not a recipe; {meant}")
     load(PARAMS)
-    if not saved():
+    if uncommitted(PARAMS):
         raise Refusal(f"{PARAMS}: holds changes that git does not, which the recipe might lose; git commit them first")
     before = PARAMS.read_text(encoding="utf-8")
-    after = applied(before, known[arguments[0]])
+    after = applied(before, known[name])
     with new_file(PARAMS) as partial:
         partial.write_text(after, encoding="utf-8")
         load(partial)
     sys.stdout.writelines(difflib.unified_diff(before.splitlines(True), after.splitlines(True), "before", "after"))
-    print(f"{PARAMS} now holds {arguments[0]}; git checkout {PARAMS} undoes it", file=sys.stderr)
+    print(f"{PARAMS} now holds {name}; git checkout {PARAMS} undoes it", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,13 @@ they are to run in one stash and take what lies there, and a kill can leave HEAD
 
 import argparse
 import contextlib
-import difflib
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,10 +32,7 @@ import networkx
 import pynvml
 from dvc.config import Config
 from dvc.dependency.param import ParamsDependency
-from dvc.exceptions import InvalidArgumentError
 from dvc.repo import Repo
-from dvc.utils.hydra import apply_overrides, get_hydra_sweeps, to_hydra_overrides
-from hydra.errors import HydraException
 from ruamel.yaml import YAML
 
 from stages import page
@@ -46,31 +40,17 @@ from stages.last_run import SCORES, flat
 from stages.params import Machine, load
 from stages.refusal import Refusal, run
 from stages.sources.path import WATCHED
-from tools import sweep_page
+from tools import gpus, sweep_page
+from tools.repository import RUNS, git, uncommitted
+from tools.trials import PARAMS, Trial, combinations
 
-PARAMS = Path("params.yaml")
 PAGE = Path("metrics/sweep.html")
-RUNS = Path(".runs")
 FOLDER = RUNS / "sweep"
-LONGEST_NAME = 100
 # DVC, killed with this process; in a session of its own, so that Ctrl-C reaches this process alone, which ends the rest
 DVC = (
     "import sys; from stages.refusal import die_with_parent; die_with_parent(int(sys.argv.pop(1))); "
     "from dvc.cli import main; sys.exit(main())"
 )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One combination: its experiment's name, what `-S` says of it, and the values by their keys."""
-
-    name: str
-    overrides: tuple[str, ...]
-    values: dict[str, Any]
-
-    @property
-    def log(self) -> Path:
-        return FOLDER / f"{self.name}.log"
 
 
 @dataclass
@@ -90,125 +70,47 @@ class Running:
         shutil.rmtree(self.tree, ignore_errors=True)
 
 
-def git(*arguments: str | Path) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise Refusal(f"git {arguments[0]} failed: {said}; run in the top folder of the repository, after git commit")
-    return done.stdout.strip()
+def log(trial: Trial) -> Path:
+    return FOLDER / f"{trial.name}.log"
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def combinations(settings: list[str]) -> list[Trial]:
-    """Every combination of the settings, each `key=value,value` in the grammar of `dvc exp run --queue -S`, checked as
-    params.yaml is; raises Refusal at the first that is wrong."""
-    text = PARAMS.read_text(encoding="utf-8-sig")
-    keys = [swept_key(setting, text) for setting in settings]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise Refusal(f"-S {key}: is there twice; write all its values into one: -S {key}=value,value")
-    try:
-        chosen = [tuple(sweep[str(PARAMS)]) for sweep in get_hydra_sweeps({str(PARAMS): settings})]
-    except InvalidArgumentError as error:
-        raise Refusal(f"-S {' -S '.join(settings)}: {error}; write -S key=value,value") from None
-    trials: dict[str, Trial] = {}
-    for overrides in chosen:
-        values = checked(overrides, keys, text)
-        trial = Trial(name(values), overrides, values)
-        if trial.name in trials:
-            raise Refusal(f"-S {' -S '.join(overrides)}: is there twice; name each value once")
-        trials[trial.name] = trial
-    return list(trials.values())
-
-
-def swept_key(setting: str, text: str) -> str:
-    """The parameter that a setting names; raises Refusal where params.yaml has none, or it cannot be compared over."""
-    try:
-        (override,) = to_hydra_overrides([setting])
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
-        raise Refusal(f"-S {setting}: cannot be read ({reason}); write -S key=value,value") from None
-    key = override.key_or_group
-    known = [name for name, _ in flat("", YAML(typ="safe", pure=True).load(text)) if "[" not in name]
-    if key in known and not (override.is_add() or override.is_delete() or override.package):
-        if key.startswith("machine."):
-            raise Refusal(f"-S {setting}: machine decides how fast, not what comes out; set it in params.yaml")
-        if key == "task.name":
-            raise Refusal(f"-S {setting}: scores of two tasks cannot be compared; sweep each by itself")
-        return key
-    inner = [name for name in known if name.startswith(f"{key}.")]
-    if inner:
-        raise Refusal(f"-S {setting}: {key} is a section; name one of its parameters, as {inner[0]}")
-    near = difflib.get_close_matches(key.lstrip("+~"), known, n=1)
-    meant = f"did you mean {near[0]}?" if near else "params.yaml has those there are"
-    raise Refusal(f"-S {setting}: {key} is not a parameter; {meant}")
-
-
-def checked(overrides: tuple[str, ...], keys: list[str], text: str) -> dict[str, Any]:
-    """The values of one combination, by their keys, as DVC will write them into params.yaml."""
-    settings = f"-S {' -S '.join(overrides)}"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / PARAMS
-        path.write_text(text, encoding="utf-8")
-        try:
-            apply_overrides(path, list(overrides))
-            load(path)
-        except InvalidArgumentError as error:
-            raise Refusal(f"{settings}: {str(error.__cause__).splitlines()[0]}") from None
-        except Refusal as refusal:
-            raise Refusal(f"{settings}: {str(refusal).removeprefix(f'{path}: ')}") from None
-        values = dict(flat("", YAML(typ="safe", pure=True).load(path)))
-    return {key: values[key] for key in keys}
-
-
-def name(values: dict[str, Any]) -> str:
-    """The experiment's name: each parameter by its last word where that names one alone, and its value. What a git ref
-    cannot hold is replaced, and a checksum then tells it from others."""
-    last = [key.rpartition(".")[2] for key in values]
-    short = {key: word if last.count(word) == 1 else key for key, word in zip(values, last, strict=True)}
-    whole = ",".join(f"{short[key]}={value}" for key, value in values.items())
-    plain = re.sub(r"[^A-Za-z0-9_=,.+-]+|\.{2,}|\.(?=$|lock$)", "+", whole)[:LONGEST_NAME]
-    return plain if plain == whole else f"{plain}-{sha256(whole.encode()).hexdigest()[:8]}"
-
-
 def places(machine: Machine, jobs: int | None) -> list[str | None]:
     """Where a process may run: the GPUs, as CUDA_VISIBLE_DEVICES names them; on a CPU None, once for each process."""
-    gpus = [] if machine.device == "cpu" else gpus_here()
-    if machine.device == "cuda" and not gpus:
+    found = [] if machine.device == "cpu" else gpus_here()
+    if machine.device == "cuda" and not found:
         raise Refusal("params.yaml: machine.device is cuda, but there is no GPU here; set it to auto")
-    if not gpus:
+    if not found:
         return [None] * (jobs or 1)
     if machine.devices not in ("auto", 1):
         raise Refusal(f"params.yaml: machine.devices is {machine.devices}, but an experiment has one GPU; set it to 1")
-    if jobs and jobs > len(gpus):
-        raise Refusal(f"--jobs {jobs}: there are {len(gpus)} GPUs here, and two on one would share its memory")
-    return gpus[:jobs]
+    if jobs and jobs > len(found):
+        raise Refusal(f"--jobs {jobs}: there are {len(found)} GPUs here, and two on one would share its memory")
+    return found[:jobs]
 
 
 def gpus_here() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES lists, else the number of each GPU."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        listed = [gpu.strip() for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
-        return list(dict.fromkeys(gpu for gpu in listed if gpu not in ("", "-1")))
+    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES can name it."""
     try:
         pynvml.nvmlInit()
-        return [str(number) for number in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:  # no driver
         return []
+    try:
+        return gpus.visible(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def refuse_uncommitted() -> None:
     """Raise Refusal where an experiment, which starts from the last commit, would miss something."""
-    for line in git("status", "--porcelain", "--untracked-files=all").splitlines():
-        state, _, path = line.strip().partition(" ")
-        if state != "??" or path.strip().startswith("stages/"):
-            raise Refusal(
-                f"{path.strip()}: is not as in the last commit, from which experiments start and under which they are "
-                "kept; git add and git commit it, or git stash it"
-            )
+    for path in (*uncommitted(new=False), *uncommitted("stages")):
+        raise Refusal(
+            f"{path}: is not as in the last commit, from which experiments start and under which they are kept; "
+            "git add and git commit it, or git stash it"
+        )
 
 
 @contextlib.contextmanager
@@ -342,13 +244,13 @@ def run_all(trials: list[Trial], total: int, head: str, where: list[str | None])
                 trial, place = waiting.pop(0), free.pop(0)
                 arguments = ["exp", "run", "--name", trial.name, *(f"-S{override}" for override in trial.overrides)]
                 try:
-                    running[trial.name] = trial, place, start(arguments, head, trial.log, place, len(where))
+                    running[trial.name] = trial, place, start(arguments, head, log(trial), place, len(where))
                 except Refusal as refusal:  # its clone cannot be made
                     failed[trial.name] = str(refusal)
                     say(f"{trial.name}: failed: {refusal}")
                     free.append(place)
                     continue
-                say(f"{trial.name}: begun{f' on GPU {place}' if place else ''}; what it says is in {trial.log}")
+                say(f"{trial.name}: begun{f' on GPU {place}' if place else ''}; what it says is in {log(trial)}")
             ended = [one for one in running.values() if one[2].process.poll() is not None]
             for trial, place, dvc in ended:
                 seconds = time.monotonic() - dvc.began

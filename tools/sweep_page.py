@@ -6,7 +6,6 @@ Which experiments those are is for tools/sweep.py to say, which writes this page
 import importlib
 import itertools
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from stages.params import Params
 from stages.refusal import Refusal
 from stages.timing import TIMING
 from tools import compare
+from tools.repository import git
 
 NEEDED = ("group", "scores", "stopped", "tokens", "nats")  # of an answer, what noise.read reads
 LONGEST_LABEL = 14
@@ -73,8 +73,10 @@ def read(revision: str) -> dict[str, dict[str, Any]]:
 
 def timings(revision: str) -> dict[str, dict[str, Any]]:
     """Each stage's figures as a commit has them; empty where it has none."""
-    done = subprocess.run(["git", "show", f"{revision}:{TIMING}"], capture_output=True, check=False)
-    return {} if done.returncode else json.loads(done.stdout)
+    try:
+        return json.loads(git("show", f"{revision}:{TIMING}"))
+    except Refusal:
+        return {}
 
 
 def read_experiment(name: str, values: dict[str, Any], revision: str, before: dict[str, dict]) -> Experiment:

@@ -19,13 +19,11 @@ from typing import BinaryIO
 
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from ruamel.yaml import YAML
 from tqdm import tqdm
 
 from stages.refusal import Refusal, run
+from tools.repository import PROVENANCE, cache, object_of, outputs, read_lock
 
-LOCK = Path("dvc.lock")
-PROVENANCE = (Path("models/base/provenance.json"), Path("data/raw/provenance.json"))
 BLOCK_BYTES = 1 << 22
 
 
@@ -60,22 +58,6 @@ def objects(cache: Path, users: dict[str, list[str]]) -> Iterator[Check]:
         yield Check(lambda path=path: path.open("rb"), expected, wrong)
 
 
-def outputs(lock: dict, cache: Path) -> Iterator[tuple[Path, str, str]]:
-    """Each file of each output that dvc.lock names, its md5, and the stage that made it."""
-    for stage, entry in lock.get("stages", {}).items():
-        for out in entry.get("outs", []):
-            name = out["md5"]
-            if not name.endswith(".dir"):
-                yield Path(out["path"]), name, stage
-                continue
-            listed = cache / name[:2] / name[2:]
-            content = listed.read_bytes() if listed.is_file() else b""
-            if hashlib.md5(content, usedforsecurity=False).hexdigest() != name.removesuffix(".dir"):
-                continue  # not here, and nothing of this output can be told; or damaged, and objects() tells of it
-            for member in json.loads(content):
-                yield Path(out["path"]) / member["relpath"], member["md5"], stage
-
-
 def sources() -> Iterator[Check]:
     """What download has recorded of the base model and the data, against the files."""
     for record in PROVENANCE:
@@ -84,7 +66,7 @@ def sources() -> Iterator[Check]:
         try:
             recorded = json.loads(record.read_bytes())
         except ValueError:
-            continue  # an output like others, of which outputs() and objects() tell
+            continue  # an output like others, of which main() and objects() tell
         stage = "download@model" if record.parent.name == "base" else "download@data"
         for name, expected in (recorded.get("produced") or recorded["files"]).items():
             path = record.parent / name
@@ -111,24 +93,20 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.verify", description="Hash everything again.")
     parser.add_argument("--remote", action="store_true", help="the default remote's objects too")
     options = parser.parse_args(arguments)
-    if not LOCK.is_file():
-        raise Refusal(f"{LOCK}: there is none here; run in the repository's top folder, after dvc repro")
-    lock = YAML(typ="safe", pure=True).load(LOCK)
-    cache = Path(Repo(".").cache.local.path)
-    cache = cache.relative_to(Path.cwd()) if cache.is_relative_to(Path.cwd()) else cache
-    files = list(outputs(lock, cache))
+    lock, place = read_lock(), cache()
+    files = list(outputs(lock, place))
     users: dict[str, list[str]] = {}
     for path, name, _ in files:
         users.setdefault(name, []).append(str(path))
-    checks = list(objects(cache, users))
-    there = {path.parent.name + path.name for path in cache.glob("??/*")}
+    checks = list(objects(place, users))
+    there = {path.parent.name + path.name for path in place.glob("??/*")}
     lines = []
     for path, name, stage in files:
         if not path.exists():
             how = "dvc checkout" if name in there else f"dvc pull, or dvc repro {stage}"
             lines.append(f"{path}: is not there; {how}")
         # a link to an object that is hashed already needs no second reading
-        elif name not in there or not path.samefile(cache / name[:2] / name[2:]):
+        elif name not in there or not path.samefile(object_of(place, name)):
             wrong = f"{path}: is not what {stage} made; dvc checkout --force {path}, or git checkout {path}"
             checks.append(Check(lambda path=path: path.open("rb"), name, wrong))
     checks += sources()

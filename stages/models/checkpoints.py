@@ -23,9 +23,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from stages.models.room import KEPT
 from stages.refusal import Refusal
 
-KEPT = 2  # the newest may turn out damaged
 KEPT_DAYS = 7  # what no training has gone on with for so long is deleted
 AT_LEAST_SECONDS = 60.0
 SHARE = 0.01  # of the time, at most, that writing takes where the interval is chosen here

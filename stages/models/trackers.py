@@ -1,18 +1,22 @@
 """machine.report_to in; TensorBoard, Weights & Biases or MLflow told of every step out, by accelerate's trackers.
 
 What they write on this machine lies in $DVC_ROOT/logs, which neither git nor dvc looks at; DVC_ROOT names the main
-repository in temporary experiments too. Each process is a run of its own, one that goes on after a kill too.
+repository in temporary experiments too.
+
+They are told how training ends: MLflow that it finished, failed or was killed, Weights & Biases whether it failed.
+SIGKILL leaves no time for that: MLflow shows such a run as running, Weights & Biases as crashed. Each process is a run
+of its own, one that goes on after a kill too, and tells from which step.
 """
 
 import contextlib
 import importlib
 import importlib.util
 import os
+import queue
 import sys
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,10 @@ from stages.refusal import Refusal
 
 PROJECT = "lorepro"  # what Weights & Biases and MLflow group runs under
 MOST_UNTOLD = 100  # steps that a tracker may be behind
-END_SECONDS = 60.0  # that a tracker has for what it has not been told yet, when the training is done
+BEGIN_SECONDS = 120.0  # that a tracker has to begin; the longest that one itself waits for its server are W&B's 90
+END_SECONDS = 60.0  # that all have together for what they have not been told yet, when the training is done
+KILLED_SECONDS = 3.0  # where it was told to end, and is killed if it does not (ranks.END_SECONDS, refusal.LAST_SECONDS)
+FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"  # as MLflow calls it
 # Those that were run beside what requirements.txt pins; mlflow whole would have pip put other versions in their place.
 INSTALL = {
     "tensorboard": "tensorboard==2.21.0",
@@ -49,88 +56,125 @@ def started(names: list[str], parameters: dict[str, Any]) -> Iterator[Tell]:
     """
     logs = Path(os.environ.get("DVC_ROOT", ".")).resolve() / "logs"
     run = f"{os.environ.get('DVC_EXP_NAME', 'train')}-{time.strftime('%Y-%m-%d-%H%M%S')}"
-    with contextlib.ExitStack() as begun:
-        listeners = []
+    listeners: list[Listener] = []
+
+    def tell(values: dict[str, float], step: int) -> None:
+        for listener in listeners:
+            listener.tell(values, step)
+
+    try:
         for name in names:
             try:
                 logs.mkdir(exist_ok=True)
             except OSError as error:
                 raise Refusal(f"{logs}: machine.report_to writes there: {error.strerror}; make room for it") from None
-            listeners.append(Listener(name, _tracker(name, run, logs), parameters))
-            begun.callback(listeners[-1].end)
-
-        def tell(values: dict[str, float], step: int) -> None:
-            for listener in listeners:
-                listener.tell(values, step)
-
+            listeners.append(Listener(name, *_tracker(name, run, logs), parameters))
         yield tell
+    except BaseException as error:
+        _end(listeners, FAILED if isinstance(error, Exception) else KILLED)
+        raise
+    _end(listeners, FINISHED)
 
 
 class Listener:
-    """A tracker in a thread of its own: training neither waits for its server nor ends with it."""
+    """A tracker in a thread of its own: training neither waits for its server nor ends with it. Python, when it ends,
+    does not wait for a daemon thread."""
 
-    def __init__(self, name: str, tracker: Any, parameters: dict[str, Any]):
-        """`tracker`: one of accelerate's. Raises Refusal where it cannot begin."""
-        self.name, self.tracker = name, tracker
-        self.thread = ThreadPoolExecutor(1)  # one, as MLflow's run is the thread's that began it
-        self.untold: deque[tuple[int, Future]] = deque()
-        self.step, self.lost = 0, False
+    def __init__(self, name: str, tracker: Any, finish: Callable[[str], object], parameters: dict[str, Any]):
+        """`tracker`: one of accelerate's; `finish` ends its run with a status. Raises Refusal where it cannot begin."""
+        self.name, self.tracker, self.finish = name, tracker, finish
+        self.untold: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
+        self.begun = threading.Event()
+        self.step, self.status, self.lost = 0, "", False
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._listen, args=(parameters,), daemon=True)
+        self.thread.start()
+        if not self.begun.wait(BEGIN_SECONDS):
+            raise Refusal(
+                f"params.yaml: machine.report_to: {name} has not begun after {BEGIN_SECONDS:.0f} s; see to its server, "
+                "or take it out"
+            )
         errors: tuple = (OSError, ImportError)  # mlflow-skinny without sqlalchemy
         if name in ERRORS:
             module, error = ERRORS[name]
             errors += (getattr(importlib.import_module(module), error),)
+        if isinstance(self.error, errors):
+            raise Refusal(f"params.yaml: machine.report_to: {name} cannot begin: {self.error}; mend it, or take it out")
+        if self.error:
+            raise self.error
+
+    def _listen(self, parameters: dict[str, Any]) -> None:
+        """All that the tracker does, from its beginning to its end, in one thread, as MLflow's run is the thread's."""
         try:
-            self.thread.submit(tracker.start).result()
-            self.thread.submit(tracker.store_init_configuration, parameters).result()
-        except errors as error:
-            raise Refusal(
-                f"params.yaml: machine.report_to: {name} cannot begin: {error}; mend it, or take it out"
-            ) from None
+            self.tracker.start()
+            self.tracker.store_init_configuration(parameters)
+            self.begun.set()
+            while told := self.untold.get():
+                self.step, values = told
+                if self.status != KILLED:
+                    self.tracker.log(values, step=self.step)
+            self.finish(self.status)
+        except Exception as error:  # noqa: BLE001 - whatever a client raises: it is said, and training goes on
+            self.error = error
+        finally:
+            self.begun.set()
 
     def tell(self, values: dict[str, float], step: int) -> None:
         """Have it told in its turn; where it is too slow for the steps, not of all of them, but of every validation."""
-        self._look()
-        self.step = step
-        if not self.lost and (len(self.untold) < MOST_UNTOLD or "validation_loss" in values):
-            self.untold.append((step, self.thread.submit(self.tracker.log, values, step=step)))
+        if self.error:
+            self._leave(str(self.error))
+        if not self.lost and (self.untold.qsize() < MOST_UNTOLD or "validation_loss" in values):
+            self.untold.put((step, values))
 
-    def end(self) -> None:
-        """End the tracker's run; leave it, should it take over END_SECONDS."""
+    def end(self, status: str) -> None:
+        """Have it end its run when it has been told all."""
+        self.status = status
+        self.untold.put(None)
+
+    def wait(self, seconds: float, of: float) -> None:
+        """Leave it where it has not ended in so many seconds, the rest `of` those that there were."""
+        self.thread.join(seconds)
+        if self.error or self.thread.is_alive():
+            self._leave(str(self.error or f"it took over {of:.0f} s"))
+
+    def _leave(self, why: str) -> None:
         if self.lost:
             return
-        self.untold.append((self.step, self.thread.submit(self.tracker.finish)))
-        wait([asked for _, asked in self.untold], END_SECONDS, FIRST_EXCEPTION)
-        self._look()
-        if self.untold and not self.lost:
-            self._leave(self.untold[0][0], f"it took over {END_SECONDS:.0f} s")
-        self.thread.shutdown(wait=False)
-
-    def _look(self) -> None:
-        while not self.lost and self.untold and self.untold[0][1].done():
-            step, asked = self.untold.popleft()
-            if asked.exception():
-                self._leave(step, str(asked.exception()))
-
-    def _leave(self, step: int, why: str) -> None:
         self.lost = True
-        self.thread.shutdown(wait=False, cancel_futures=True)
         why = " ".join(why.split())[:200]
-        print(f"{self.name} is told nothing from step {step:,} on: {why}; training goes on", file=sys.stderr)
+        then = "it may show the run as running" if self.status else "training goes on"
+        print(f"{self.name} is told nothing from step {self.step:,} on: {why}; {then}", file=sys.stderr)
 
 
-def _tracker(name: str, run: str, logs: Path) -> Any:
+def _end(listeners: list[Listener], status: str) -> None:
+    """End all of them at once, however many do not answer."""
+    seconds = KILLED_SECONDS if status == KILLED else END_SECONDS
+    until = time.monotonic() + seconds
+    for listener in listeners:
+        listener.end(status)
+    for listener in listeners:
+        listener.wait(max(0.0, until - time.monotonic()), seconds)
+
+
+def _tracker(name: str, run: str, logs: Path) -> tuple[Any, Callable[[str], object]]:
+    """accelerate's tracker, and what ends its run with a status, which accelerate's own `finish` does not take."""
     # here, as tools/doctor.py asks refuse_missing without torch
     from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
 
     if name == "tensorboard":
-        return TensorBoardTracker(run, logs / "tensorboard")
+        board = TensorBoardTracker(run, logs / "tensorboard")
+        return board, lambda status: board.finish()  # it has no status
     if name == "wandb":
         # figures and parameters are what was asked for: not the repository, nor what stands in the terminal
         os.environ.setdefault("WANDB_DISABLE_GIT", "true")
         os.environ.setdefault("WANDB_DISABLE_CODE", "true")
         os.environ.setdefault("WANDB_CONSOLE", "off")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "30")  # seconds; else it waits for ever for a server that is gone
-        return WandBTracker(PROJECT, name=run, dir=logs)
+        weights_and_biases = WandBTracker(PROJECT, name=run, dir=logs)
+        return weights_and_biases, lambda status: weights_and_biases.run.finish(exit_code=int(status != FINISHED))
+    # else it tells its makers how it is used, and as Python ends waits for their server
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
     # else it asks a server that is gone 8 times, over 4 minutes, and where that hangs for up to 2 minutes each
@@ -138,4 +182,4 @@ def _tracker(name: str, run: str, logs: Path) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     if "MLFLOW_TRACKING_URI" not in os.environ:
         mlflow.set_tracking_uri(f"sqlite:///{logs}/mlflow.db")
-    return MLflowTracker(PROJECT, run_name=run)
+    return MLflowTracker(PROJECT, run_name=run), mlflow.end_run

@@ -4,7 +4,6 @@ HF_TOKEN, from the environment alone, opens gated and private repositories; HF_E
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -55,7 +54,7 @@ def _opened(spec: Spec) -> Iterator[tuple[list[Remote], httpx.Client, Callable[[
             "models/own or data/own and take source: path"
         )
     token = repository.token("HF_TOKEN")
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or SITE
+    endpoint = repository.address("HF_ENDPOINT", SITE)
     # False, since with None it would look for a token in files too
     api = huggingface_hub.HfApi(endpoint=endpoint, token=token or False, library_name="lorepro")
     commit = _commit(api, spec, spec.revision)

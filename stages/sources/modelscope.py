@@ -7,7 +7,6 @@ Four requests in place of the modelscope package, which takes branches and tags 
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -89,8 +88,7 @@ def _opened(spec: Spec) -> Iterator[tuple[list[Remote], httpx.Client]]:
 
 def _endpoint() -> str:
     """Where to ask, as its own client finds it."""
-    value = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or SITE
-    return (value if "://" in value else f"https://{value}").rstrip("/")
+    return repository.address("MODELSCOPE_ENDPOINT", repository.address("MODELSCOPE_DOMAIN", SITE))
 
 
 def _address(spec: Spec, path: str, query: dict[str, Any]) -> str:

@@ -70,6 +70,18 @@ def token(variable: str) -> str | None:
     return value or None
 
 
+def address(variable: str, default: str) -> str:
+    """The hub's address in an environment variable, without a slash at its end. One that is none is refused unseen: a
+    slash in a password ends the host, and what is behind it would be shown."""
+    value = os.environ.get(variable, "").rstrip("/") or default
+    value = value if "://" in value else f"https://{value}"
+    name = r"[^\s/?#@\[\]]+@"
+    host = r"(\[[0-9a-fA-F:.]+\]|[^\s/?#@:\[\]]+)(:\d+)?"
+    if not re.fullmatch(rf"https?://({name})?{host}(/[^\s?#@]*)?", value):
+        raise Refusal(f"{variable}: is no address; in a name or password write / as %2F, @ as %40, ? as %3F, # as %23")
+    return value
+
+
 def shown(address: str) -> str:
     """An address without the name and password that it may hold, for people and logs to read."""
     parts = urlsplit(address)
