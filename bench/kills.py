@@ -4,12 +4,16 @@
     python -m bench.kills edits FOLDER
 
 kills: SIGKILL to the stage, to DVC, to their process group, at random moments and, while a checkpoint is being written,
-at once; after each, `dvc repro` goes on. edits: something that decides the result is changed after a kill, and no
-checkpoint of the state before may be used. Both on the tests' small model; they add `kills`, `identical`, `edits`,
-`stale_resumes` and more to bench/results/reliability.json.
+at once; after each, `dvc repro` goes on. The trainings take turns in FORMATS, with dropout and several packs a step.
+`lost_seconds_at_most` is the age of the newest checkpoint when the process that had written it was killed. edits:
+something that decides the result is changed after a kill, and no checkpoint of the state before may be used. Both on
+the tests' small model, in half an hour; they add `kills`, `identical`, `edits`, `stale_resumes` and more to
+bench/results/reliability.json.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -43,19 +47,22 @@ stages:
       - loss.csv: {cache: false}
 """
 OUTPUTS = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "train.json", "loss.csv")
+INTERVAL_SECONDS = 0.3
 SETTINGS = {
-    "train.epochs": 15.0,
+    "train.epochs": 40.0,
     "train.batch_size": 4,
     "train.learning_rate": 0.01,
     "lora.r": 8,
     "lora.dropout": 0.1,
-    "lora.quantize": "nf4",
     "machine.device": "cpu",
-    "machine.dtype": "bfloat16",
     "machine.tokens_per_pack": 100,
-    "machine.checkpoint_minutes": 0.1 / 60,
+    "machine.checkpoint_minutes": INTERVAL_SECONDS / 60,
 }
-INTERVAL_SECONDS = 0.1
+FORMATS = {
+    "float32": {"machine.dtype": "float32", "lora.quantize": None},
+    "bfloat16": {"machine.dtype": "bfloat16", "lora.quantize": None},
+    "nf4": {"machine.dtype": "bfloat16", "lora.quantize": "nf4"},
+}
 
 
 class Repository:
@@ -70,8 +77,6 @@ class Repository:
         write_tokens(folder / "train.parquet", 22, 0)
         write_tokens(folder / "validation.parquet", 5, 1)
         (folder / "dvc.yaml").write_text(PIPELINE)
-        self.settings = dict(SETTINGS)
-        self.set()
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("DVC_")},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -79,9 +84,8 @@ class Repository:
         }
         subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=folder, check=True)
 
-    def set(self, **values) -> None:
-        self.settings |= values
-        write_params(self.folder, **self.settings)
+    def take(self, form: str) -> None:
+        write_params(self.folder, **SETTINGS, **FORMATS[form])
 
     def start(self) -> subprocess.Popen:
         with (self.folder / "said").open("w") as said:
@@ -111,12 +115,20 @@ class Repository:
             path = self.folder / name
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def steps(self) -> list[int]:
-        """Of the checkpoints there are."""
-        return sorted(int(path.name[4:13]) for path in self.folder.glob(".runs/*/step*"))
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob(".runs/*/step*"))
 
-    def writing(self) -> bool:
-        return any(self.folder.glob(".runs/*/partial"))
+    def last_step(self) -> int:
+        """Of the checkpoints there are; 0 where there is none."""
+        return max((int(path.name[4:13]) for path in self.checkpoints()), default=0)
+
+    def halves(self) -> set[tuple[int, int]]:
+        """Each checkpoint that is half written, so that it can be told from one that another process left."""
+        found = set()
+        for path in self.folder.glob(".runs/*/partial"):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path.stat().st_ino, path.stat().st_mtime_ns))
+        return found
 
 
 def stage_of(dvc: int) -> int | None:
@@ -156,16 +168,18 @@ def disturbed(repository: Repository, target: str, inside: bool, chance: random.
         time.sleep(0.02)
     if stage is None:
         return False
+    known, left = repository.checkpoints(), repository.halves()
+    waits_for_training = inside or chance.random() < 0.8  # the others die while they start
+    while waits_for_training and repository.checkpoints() == known and dvc.poll() is None:
+        time.sleep(0.02)
     if inside:
-        while not repository.writing() and dvc.poll() is None:
-            pass
+        time.sleep(chance.uniform(0, 3 * INTERVAL_SECONDS))
+        while not repository.halves() - left and dvc.poll() is None:
+            time.sleep(0.0005)
     else:
-        before = repository.steps()
-        while chance.random() < 0.8 and repository.steps() == before and dvc.poll() is None:
-            time.sleep(0.02)  # most die while they train, some while they start
-        time.sleep(chance.uniform(0, 1.5))
+        time.sleep(chance.uniform(0, 1.5 if waits_for_training else 6))
     killed = kill(target, dvc, stage)
-    within = repository.writing()
+    now = time.time()
     deadline = time.monotonic() + 10
     while dvc.poll() is None or alive(stage):
         if time.monotonic() > deadline:
@@ -176,27 +190,37 @@ def disturbed(repository: Repository, target: str, inside: bool, chance: random.
     if killed:
         counts["kills"] += 1
         counts[f"killed_{target}"] += 1
-        counts["inside_a_checkpoint"] += within
+        counts["inside_a_checkpoint"] += bool(repository.halves() - left)
+        ages = [now - path.stat().st_mtime for path in repository.checkpoints() if path not in known]
+        counts["while_training"] += bool(ages)
+        counts["lost_seconds_at_most"] = max(counts["lost_seconds_at_most"], round(min(ages, default=0), 2))
     return killed
 
 
-def campaign(repository: Repository, clean: str) -> Counter:
+def campaign(repository: Repository) -> Counter:
     """Each kind so often; a training is killed up to seven times, then ends."""
     chance, counts = random.Random(0), Counter()
+    clean = {}
+    for form in FORMATS:
+        repository.take(form)
+        clean[form], _ = repository.finish()
+        repository.forget()
+    turns = itertools.cycle(FORMATS)
     for target in TARGETS:
         while counts[f"killed_{target}"] < KILLS:
-            repository.forget()
+            form = next(turns)
+            repository.take(form)
             for _ in range(7):
                 done = counts[f"killed_{target}"]
                 if done < KILLS and not disturbed(repository, target, done % 3 == 0, chance, counts):
                     break
-            last = max(repository.steps(), default=0)
+            last, ended = repository.last_step(), (repository.folder / "dvc.lock").exists()
             digest, after = repository.finish()
+            repository.forget()
             counts["trainings"] += 1
-            counts["identical"] += digest == clean
-            counts["went_on"] += after > 0
-            counts["not_from_the_last_checkpoint"] += after != last
-            print(dict(counts), file=sys.stderr, flush=True)
+            counts["identical"] += digest == clean[form]
+            counts["not_from_the_last_checkpoint"] += after != last and not ended
+            print(form, dict(counts), file=sys.stderr, flush=True)
     return counts
 
 
@@ -226,15 +250,13 @@ def main(arguments: list[str]) -> None:
         found = stale(folder)
     else:
         repository = Repository(folder / "repository")
-        clean, _ = repository.finish()
-        steps = json.loads((repository.folder / "train.json").read_text())["steps"]
-        counts = campaign(repository, clean)
+        counts = campaign(repository)
         found = {
             "left_running": 0,
             **counts,
-            "steps": steps,
-            "interval_seconds": INTERVAL_SECONDS,
-            "settings": SETTINGS,
+            "kills_interval_seconds": INTERVAL_SECONDS,
+            "kills_formats": list(FORMATS),
+            "kills_settings": SETTINGS,
         }
     print(json.dumps(found, indent=2))
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}

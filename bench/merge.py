@@ -55,15 +55,15 @@ SHAPES = {
 }
 
 
-def write_random(name: str, base: Path, adapter: Path) -> None:
+def write_random(shape: dict[str, int], base: Path, adapter: Path, shard: str = "5GB") -> None:
     """A base of that shape in bfloat16 and an adapter of rank 16 on all linear layers, a block in memory at a time."""
-    config = Gemma2Config(**SHAPES[name], dtype="bfloat16", architectures=["Gemma2ForCausalLM"])
+    config = Gemma2Config(**shape, dtype="bfloat16", architectures=["Gemma2ForCausalLM"])
     with torch.device("meta"):
         model = Gemma2ForCausalLM(config).bfloat16()
     config.save_pretrained(base)
     GenerationConfig(eos_token_id=1, bos_token_id=2, pad_token_id=0).save_pretrained(base)
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
-    split = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
+    split = split_torch_state_dict_into_shards(state, max_shard_size=shard)
     noise = torch.randn(2 * ELEMENTS_PER_BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
 
     def blocks(name: str) -> Iterator[torch.Tensor]:
@@ -108,11 +108,11 @@ def run(variant: str, base: Path, adapter: Path, out: Path) -> dict:
     began = time.monotonic()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
     peaks = {"RssAnon": 0, "VmHWM": 0}
-    watch = threading.Thread(target=_watch, args=(process.pid, peaks))
-    watch.start()
+    watching = threading.Thread(target=watch, args=(process.pid, peaks))
+    watching.start()
     said, _ = process.communicate()
     ended = time.monotonic()
-    watch.join()
+    watching.join()
     for path in out.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -136,7 +136,7 @@ def run(variant: str, base: Path, adapter: Path, out: Path) -> dict:
     }
 
 
-def _watch(pid: int, peaks: dict[str, int]) -> None:
+def watch(pid: int, peaks: dict[str, int]) -> None:
     """Keep the largest of each figure of the process, in KiB, until it ends."""
     while True:
         try:
@@ -191,7 +191,7 @@ def main(arguments: list[str]) -> None:
         scratch = Path(scratch)
         if arguments[0] in SHAPES:
             base, adapter = scratch / arguments[0], scratch / "adapter"
-            write_random(arguments[0], base, adapter)
+            write_random(SHAPES[arguments[0]], base, adapter)
         else:
             base, adapter = scratch / "gemma3-270m", Path(arguments[1])
             base.symlink_to(Path(arguments[0]).resolve())

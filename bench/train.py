@@ -45,6 +45,15 @@ MODELS = {
         num_key_value_heads=1,
         intermediate_size=128,
     ),
+    "tiniest": Gemma3TextConfig(
+        **{**GEMMA3, "vocab_size": 4096, "head_dim": 32, "sliding_window": 64},
+        hidden_size=64,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        intermediate_size=128,
+    ),
     "gemma3-270m": Gemma3TextConfig(
         **GEMMA3,
         hidden_size=640,

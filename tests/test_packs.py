@@ -16,7 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from stages.models.attention import takes_flash
+from stages.models.attention import seen, takes_flash
 from stages.models.graphs import own_gradients, size_of
 from stages.models.load import _hidden, mean_loss, pack_loss, packed_logits, row_losses
 from stages.models.loss import head_loss
@@ -119,6 +119,20 @@ def test_a_change_in_one_row_leaves_the_other_rows_logits(model):
         alone = float(pack_loss(model, pack([originals[1]], 1000)[0]))
         for total, first in zip(losses, (originals[0], changed[0]), strict=True):
             assert sum(total) - float(pack_loss(model, pack([first], 1000)[0])) == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "window"), [(1, 1, None), (7, 7, 3), (5, 9, 3), (5, 9, None), (70, 97, 16)]
+)
+def test_a_mask_shows_a_query_the_keys_up_to_its_own_as_many_as_its_window_holds(queries, keys, window):
+    place = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    expected = (place >= 0) & (place < (window or keys))
+    assert torch.equal(seen(queries, keys, window, torch.device("cpu")), expected)
+
+
+def test_masks_of_however_many_lengths_are_parts_of_a_few():
+    masks = [seen(length, length, 16, torch.device("cpu")) for length in range(1, 601)]
+    assert len({mask.untyped_storage().data_ptr() for mask in masks}) == 11  # of 1, 2, 4, … 1,024 tokens
 
 
 def test_every_supervised_token_is_laid_once_and_shared_beginnings_are_computed_once():

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -236,9 +237,10 @@ class Clone:
         return json.loads((self.folder / path).read_text())
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory, tiny_model) -> Clone:
-    folder = tmp_path_factory.mktemp("clone") / "repository"
+@contextlib.contextmanager
+def cloned(folder: Path, tiny_model: Path) -> Iterator[Clone]:
+    """A clone in `folder`/repository whose params.yaml names the tiny model and ROWS; nothing has run yet."""
+    folder /= "repository"
     files = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=TOP, capture_output=True, text=True, check=True
     )
@@ -279,6 +281,12 @@ def clone(tmp_path_factory, tiny_model) -> Clone:
     yield made
     server.stdin.close()
     server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, tiny_model) -> Clone:
+    with cloned(tmp_path_factory.mktemp("clone"), tiny_model) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -118,3 +118,25 @@ def test_without_a_lock_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match="there is none here; run in the repository's top folder"):
         verify.main([])
+
+
+def test_an_object_that_the_cache_has_lost_is_named_with_its_output_and_the_command_that_puts_it_back(
+    repository, capsys
+):
+    for path in sorted(Path(".dvc/cache/files/md5").glob("??/*")):
+        path.unlink()
+        status, lines = verified(capsys)
+        assert status == 1 and len(lines) == 1, lines
+        found = re.fullmatch(
+            r"(folder|three|models/base): the cache has lost (\w+(?:\.dir)?); dvc commit (\S+),.*", lines[0]
+        )
+        assert found[2] == path.parent.name + path.name
+        dvc("commit", found[3])
+        assert verified(capsys)[0] == 0, path
+
+
+def test_what_is_neither_here_nor_in_the_cache_is_said_once(repository, capsys):
+    Path("three").unlink()
+    lost = hashlib.md5(b"three\n").hexdigest()
+    Path(f".dvc/cache/files/md5/{lost[:2]}/{lost[2:]}").unlink()
+    assert verified(capsys) == (1, ["three: is not there; dvc pull, or dvc repro make"])

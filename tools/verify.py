@@ -58,6 +58,18 @@ def objects(cache: Path, users: dict[str, list[str]]) -> Iterator[Check]:
         yield Check(lambda path=path: path.open("rb"), expected, wrong)
 
 
+def lost(lock: dict, cached: set[str], files: list[tuple[Path, str, str]], there: set[str]) -> Iterator[str]:
+    """A line for each output that is here while objects of it are not: DVC would make it again."""
+    for stage, entry in lock.get("stages", {}).items():
+        for out in entry.get("outs", []):
+            path = Path(out["path"])
+            if out["path"] in cached and path.exists():
+                needed = {out["md5"], *(name for file, name, _ in files if path in (file, *file.parents))}
+                if gone := sorted(needed - there):
+                    which = f"{gone[0]} and {len(gone) - 1} more" if gone[1:] else gone[0]
+                    yield f"{path}: the cache has lost {which}; dvc commit {stage}, and python -m tools.verify again"
+
+
 def sources() -> Iterator[Check]:
     """What download has recorded of the base model and the data, against the files."""
     for record in PROVENANCE:
@@ -100,7 +112,12 @@ def main(arguments: list[str]) -> None:
         users.setdefault(name, []).append(str(path))
     checks = list(objects(place, users))
     there = {path.parent.name + path.name for path in place.glob("??/*")}
-    lines = []
+    try:
+        with Repo(".") as repo:
+            cached = {out.def_path for out in repo.index.outs if out.use_cache}
+    except DvcException as error:
+        raise Refusal(f"dvc.yaml: {error}") from None
+    lines = list(lost(lock, cached, files, there))
     for path, name, stage in files:
         if not path.exists():
             how = "dvc checkout" if name in there else f"dvc pull, or dvc repro {stage}"

@@ -102,11 +102,18 @@ def takes_flash(model: PreTrainedModel) -> bool:
     return model.dtype in (torch.bfloat16, torch.float16) and size <= 256 and not capped
 
 
-@functools.lru_cache(maxsize=256)  # every layer asks for the same few
 def seen(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[queries, keys], True where the query sees the key, the last query standing at the last key."""
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return mask if window is None else mask.triu(keys - queries + 1 - window)
+    """[queries, keys], True where the query sees the key, the last query standing at the last key: a part of a larger
+    mask, which all lengths share, since there may be as many lengths as rows."""
+    mask = _square(1 << (keys - 1).bit_length(), window, device)
+    return mask[keys - queries : keys, :keys]
+
+
+@functools.lru_cache(maxsize=32)  # sizes are powers of two, so that all are no more than a third above the largest
+def _square(tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[tokens, tokens], True where a token sees another: itself and those before it, `window` of them at most."""
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    return mask if window is None else mask.triu(1 - window)
 
 
 def _softcapped(
