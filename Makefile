@@ -2,6 +2,8 @@
 #               holds of it is not run again
 # make install  the environment alone, .venv
 # make test     the tests
+# make test-tpu the tests of training on TPUs, of which torch-xla makes two of the CPU, in an environment of their own
+# make install-tpu that environment alone, .venv-tpu, for a machine with TPUs
 # make lint     the linter
 # make lock     requirements.in into requirements.txt, each package at its newest
 # Another Python than python3: make run PYTHON=python3.12
@@ -9,8 +11,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TPU := .venv-tpu
 
-.PHONY: run install test lint lock
+.PHONY: run install install-tpu test test-tpu lint lock
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED)
@@ -21,6 +24,11 @@ install: $(INSTALLED)
 
 test: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n logical --dist worksteal
+
+test-tpu: $(TPU)/.installed
+	@PATH="$(CURDIR)/$(TPU)/bin:$$PATH" $(TPU)/bin/python -m pytest tests/tpu
+
+install-tpu: $(TPU)/.installed
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check
@@ -33,6 +41,16 @@ $(INSTALLED): requirements.txt
 	@echo "installing into .venv, about two minutes, once" >&2
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# torch is older than the other's, and brings its CUDA packages where pip finds no build without
+$(TPU)/.installed: requirements.txt requirements-tpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is not Python 3.10 to 3.13; name one that is: make PYTHON=python3.12" >&2; exit 2; }
+	@echo "installing into $(TPU), several minutes, once" >&2
+	@test -x $(TPU)/bin/pip || $(PYTHON) -m venv $(TPU)
+	@sed '/^torch==/d' requirements.txt > $(TPU)/requirements.txt
+	@$(TPU)/bin/pip install --quiet --disable-pip-version-check -r $(TPU)/requirements.txt -r requirements-tpu.txt
 	@touch $@
 
 # NVIDIA's packages are left out: the build of torch that pip picks pins its own, and on a CPU there are none

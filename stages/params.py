@@ -191,7 +191,7 @@ class Evaluate(Section):
 
 class Machine(Section):
     dtype: Literal["auto", "float32", "bfloat16"]
-    device: Literal["auto", "cpu", "cuda"]
+    device: Literal["auto", "cpu", "cuda", "xla"]
     devices: Literal["auto"] | Annotated[int, Field(ge=1, le=64)]
     rendezvous: Annotated[str, AfterValidator(_address)] | None
     tokens_per_pack: Literal["auto"] | Count

@@ -45,7 +45,7 @@ from stages.models.graphs import Graphs, compile_pieces, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.fused import fuse
 from stages.models.lora import add_adapters, embedding_trained, save_adapter, token_ids, twin
-from stages.models.machine import Resolved, add_in_one_order, resolve
+from stages.models.machine import Resolved, add_in_one_order, resolve_training
 from stages.models.packs import IGNORED, Pack, pack
 from stages.models.progress import best_step, validations, without_progress
 from stages.models.ranks import ALONE, Machines, Ranks, launch
@@ -63,6 +63,7 @@ from stages.models.state import (
 from stages.models.tokens import read_rows
 from stages.models.trackers import refuse_missing, started
 from stages.models.watch import Gauges, Telemetry, Watch
+from stages.models.xla import Pod
 from stages.outputs import new_file, new_folder, refuse_without_room, write_json
 from stages.params import Params, Train, load
 from stages.questions import Questions
@@ -72,9 +73,9 @@ from stages.refusal import Refusal, run
 @dataclass
 class Step:
     """The rows of one optimizer step, this device's share of them as packs; `supervised` counts the labelled tokens of
-    all, `tokens` all tokens."""
+    all, `tokens` all tokens. On TPUs the packs are those of all, one for each core at a time."""
 
-    packs: list[Pack]
+    packs: list[Pack] | list[list[Pack | None]]
     supervised: int
     tokens: int
     rows: list[str]
@@ -129,6 +130,12 @@ class Trainer(SFTTrainer):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()  # TRL casts adapters of a quantized base to bfloat16
+        self.pod = None
+        if machine.device == "xla":
+            self.accelerator.device_placement = False  # it knows no TPU
+            self.pod = Pod(model)
+            steps = ([rows[i] for i in step] for step in self.planned)
+            self.pod.fit([*steps, validation_rows], machine.tokens_per_pack)
         if saved:
             restore_trained(model, saved.tensors)
             self.history = saved.state["history"]
@@ -154,8 +161,9 @@ class Trainer(SFTTrainer):
     def _step(self, chosen: list[dict]) -> Step:
         (step,) = chosen
         rows = [self.rows[i] for i in step["rows"]]
+        own = self.ranks.share(rows, self.tokens_per_pack)
         return Step(
-            pack(self.ranks.share(rows, self.tokens_per_pack), self.tokens_per_pack),
+            (self.pod.rounds if self.pod else pack)(own, self.tokens_per_pack),
             supervised=sum(np.count_nonzero(np.not_equal(row["labels"][1:], IGNORED)) for row in rows),
             tokens=sum(len(row["input_ids"]) for row in rows),
             rows=[row["id"] for row in rows],
@@ -170,15 +178,22 @@ class Trainer(SFTTrainer):
         self.step_now = step
         self.ranks.seed_step(self.args.seed, self.state.global_step)
         recorded = self.graphs.hidden if self.graphs else lambda piece: None
-        total = torch.zeros((), device=self.args.device)
+        if self.pod:
+            self.pod.begin_step(self.args.seed, self.state.global_step)
+        total = torch.zeros((), device="xla" if self.pod else self.args.device)
         for piece in step.packs:
-            loss = pack_loss(model.get_base_model(), piece, recorded) / step.supervised
+            if self.pod:
+                loss = self.pod.losses(piece).sum() / step.supervised
+            else:
+                loss = pack_loss(model.get_base_model(), piece, recorded) / step.supervised
             self.accelerator.backward(loss)
             total += loss.detach()
+            if self.pod:
+                self.pod.compute()
         if self.graphs:
             self.ranks.tell(list(self.graphs.recorded))
         self.loss_now = self.ranks.add_up(self.adapters, total)
-        return self.loss_now
+        return self.loss_now if self.pod is None else torch.zeros(())  # of TPUs the Trainer knows nothing
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         norm = super()._clip_grad_norm(model)
@@ -193,7 +208,10 @@ class Trainer(SFTTrainer):
         self.reader.read_all()
         self.model.eval()
         rows = self.ranks.share(self.validation_rows, self.tokens_per_pack)
-        losses = row_losses(self.model.get_base_model(), rows, self.tokens_per_pack)
+        if self.pod:
+            losses = self.pod.row_losses(rows, self.tokens_per_pack)
+        else:
+            losses = row_losses(self.model.get_base_model(), rows, self.tokens_per_pack)
         loss = mean_loss([loss for share in self.ranks.of_all(losses) for loss in share.values()])
         if not math.isfinite(loss):
             raise Refusal(f"step {self.state.global_step}: the validation loss is {loss}; {ADVICE}")
@@ -214,7 +232,7 @@ class Trainer(SFTTrainer):
         return patience is not None and without_progress(self.history) >= patience
 
 
-BEHIND = {"cpu": 0, "cuda": 2}  # steps that are not read yet
+BEHIND = {"cpu": 0, "cuda": 2, "xla": 1}  # steps that are not read yet
 
 
 @dataclass
@@ -242,7 +260,9 @@ class Reader(TrainerCallback):
     def record(self, step: Step, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float) -> None:
         """Take what the step gave, before the optimizer's step; refuse earlier ones that were not finite."""
         number = self.trainer.state.global_step + 1
-        values = torch.stack((loss.float(), norm.float())).to("cpu", non_blocking=True)
+        values = torch.stack((loss.float(), norm.float()))
+        if loss.device.type != "xla":  # which would compute it for itself, apart from the step
+            values = values.to("cpu", non_blocking=True)
         arrived = None
         if loss.device.type == "cuda":
             arrived = torch.cuda.Event()
@@ -266,6 +286,10 @@ class Reader(TrainerCallback):
             found = {"step": point.number, "loss": loss, "gradient_norm": norm, "learning_rate": point.learning_rate}
             self.trainer.history.append(found)
             self.trainer.watch.made(**found, tokens=point.step.tokens)
+
+    def on_step_end(self, args, state, control, **_):
+        if self.trainer.pod:
+            self.trainer.pod.compute()
 
     def on_train_end(self, args, state, control, **_):
         self.read_all()
@@ -344,7 +368,7 @@ def memory_gib(device: torch.device) -> float:
 
 # as transformers calls them; what bitsandbytes pages, it pages between GPU and CPU
 OPTIMIZERS = {
-    "adamw": {"cpu": "adamw_torch", "cuda": "adamw_torch_fused"},
+    "adamw": {"cpu": "adamw_torch", "cuda": "adamw_torch_fused", "xla": "adamw_torch"},
     "adamw_8bit": {"cpu": "adamw_8bit", "cuda": "paged_adamw_8bit"},
 }
 
@@ -370,7 +394,7 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
         optim=OPTIMIZERS[train.optimizer][machine.device],
         seed=train.seed,
         bf16=False,  # the model is in its format already; autocast would cast every weight again
-        use_cpu=machine.device == "cpu",
+        use_cpu=machine.device != "cuda",
         eval_strategy="steps",
         eval_steps=every(train, steps),
         logging_strategy="no",  # Watch reads what a step gave
@@ -384,7 +408,8 @@ def arguments_of(train: Train, steps: int, machine: Resolved, scratch: str) -> S
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
-    assert arguments.device.type == machine.device  # asked first, since asking counts the GPUs
+    there = "cuda" if machine.device == "cuda" else "cpu"
+    assert arguments.device.type == there  # asked first, since asking counts the GPUs
     arguments._n_gpu = 1  # the Trainer would spread each step over all there are
     return arguments
 
@@ -431,11 +456,25 @@ def worth_going_on_from(run: Run) -> Checkpoint | None:
     return saved
 
 
+def refuse_on_tpus(params: Params) -> None:
+    """What training does on other devices alone."""
+    for name, asked in (
+        ("train.optimizer: adamw_8bit", params.train.optimizer == "adamw_8bit"),
+        ("train.metric: score", params.train.metric == "score"),
+        ("lora.trainable_tokens", params.lora.trainable_tokens),
+        ("lora.modules_to_save", params.lora.modules_to_save),
+    ):
+        if asked:
+            raise Refusal(f"params.yaml: machine.device is xla, where {name} does not work; leave one of them out")
+
+
 def main(arguments: list[str]) -> None:
     params = load()
     refuse_missing(params.machine.report_to)
     began = time.monotonic()
-    machine = resolve(params.machine)
+    machine = resolve_training(params.machine)
+    if machine.device == "xla":
+        refuse_on_tpus(params)
     machines = Machines.found(params.machine.rendezvous)
     devices = machine.devices[: math.ceil(params.train.batch_size / machines.count)]  # a row each, at least
     if len(devices) * machines.count == 1:
@@ -463,7 +502,8 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
         if saved:
             machine = dataclasses.replace(machine, dtype=getattr(torch, saved.state["dtype"]))
         rows, validation_rows = (read_rows(path) for path in tokens)
-        model = load_model(base, machine.device, machine.dtype, quantize=params.lora.quantize)
+        device = "cpu" if machine.device == "xla" else machine.device  # the trainer moves the model to TPUs
+        model = load_model(base, device, machine.dtype, quantize=params.lora.quantize)
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         trainable = token_ids(tokenizer, params.lora.trainable_tokens)
         model = add_adapters(model, params.lora, params.train.seed, trainable)
@@ -478,7 +518,8 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
         if params.train.metric == "score":
             questions, answering = Questions(asked, validation_tokens, base, params, machine), twin(model)
             score = lambda: questions.score(answering, ranks)  # noqa: E731
-        fuse(model)
+        if machine.device != "xla":  # whose compiler fuses by itself, and lacks some of those functions
+            fuse(model)
         if machine.device == "cuda":
             compile_pieces(model.get_base_model())
         given = (tokenizer, params.train, machine, rows, validation_rows, scratch, run, saved, ranks, score)
@@ -524,6 +565,8 @@ def finish(trainer: Trainer, run: Run) -> None:
 
 
 def write_outputs(trainer: Trainer, out: Path, metrics: Path, curve: Path) -> None:
+    if trainer.pod:
+        trainer.model.to("cpu")  # safetensors takes nothing from TPUs
     with new_folder(out) as folder:
         save_adapter(trainer.model, folder)
     history = trainer.history

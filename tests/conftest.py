@@ -1,5 +1,6 @@
 """A Gemma 3 so small that a test takes no time, and the repository's own params.yaml with a few values changed."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import ruamel.yaml
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on weights this small, more threads only wait for one another
 
 ROOT = Path(__file__).parent.parent
+collect_ignore = [] if importlib.util.find_spec("torch_xla") else ["tpu"]  # make test-tpu
 TEMPLATE = ROOT / "stages/models/templates/gemma3.jinja"
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 TEXTS = [

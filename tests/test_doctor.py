@@ -136,6 +136,12 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_a_problem(top):
     assert "machine.device is cuda" in line and "auto" in line
 
 
+def test_tpus_without_torch_xla_are_a_problem(top, monkeypatch):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    (line,) = examined(**{"machine.device": "xla"}).problems
+    assert "machine.device is xla" in line and "make install-tpu" in line
+
+
 def test_a_tracker_that_is_not_installed_is_a_problem(top, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (line,) = examined(**{"machine.report_to": ["mlflow"]}).problems

@@ -105,6 +105,7 @@ ARCHITECTURES = {
     "quotes-gemma-2-27b": "gemma2",
     "quotes-gemma-2b": "gemma",
     "quotes-gemma-2b-local": "gemma",
+    "quotes-gemma-2b-tpu": "gemma",
     "text-to-sql-gemma-3-1b": "gemma3_text",
     "text-to-sql-gemma-3-4b": "gemma3",
 }

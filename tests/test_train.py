@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib.util
 import json
 import math
 import random
@@ -43,6 +44,89 @@ def write_tokens(path, count: int, seed: int) -> list[dict]:
         )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, SCHEMA), path)
     return rows
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch, tiny_model, params_file):
+    """A function that runs the stage, in a folder of its own each time, and returns that folder."""
+    write_tokens(tmp_path / "train.parquet", 22, 0)
+    write_tokens(tmp_path / "validation.parquet", 5, 1)
+
+    def run(name: str, base=tiny_model, **overrides):
+        folder = tmp_path / name
+        folder.mkdir()
+        fixed = {"train.epochs": 1.0, "train.batch_size": 4, "train.validations": 3, "train.learning_rate": 0.01}
+        machine = {"machine.device": "cpu", "machine.dtype": "float32", "machine.tokens_per_pack": 300}
+        lora = {f"lora.{key}": value for key, value in LORA.items()}
+        params_file(folder, **{**fixed, **machine, **lora, **overrides})
+        monkeypatch.chdir(folder)
+        tokens = [str(tmp_path / f"{side}.parquet") for side in ("train", "validation")]
+        (folder / "asked").mkdir()
+        if overrides.get("train.metric") == "score":
+            write_asked(folder / "asked", tmp_path / "validation.parquet", base)
+        train.main([str(base), *tokens, "asked", "adapter", "train.json", "loss.csv"])
+        return folder
+
+    return run
+
+
+def curve(folder, column: str = "loss") -> list[float]:
+    with (folder / "loss.csv").open() as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+
+
+def validations(folder) -> dict[int, float]:
+    with (folder / "loss.csv").open() as file:
+        return {
+            int(row["step"]): float(row["validation_loss"]) for row in csv.DictReader(file) if row["validation_loss"]
+        }
+
+
+def said(folder) -> dict:
+    return json.loads((folder / "train.json").read_text())
+
+
+def loss_of_what_was_saved(folder, base) -> float:
+    """The validation loss, in nats a token, of the plain base with the folder's adapter as PEFT puts it on."""
+    rows = pyarrow.parquet.read_table(folder.parent / "validation.parquet").to_pylist()
+    tuned = load_adapter(load_model(base, "cpu", torch.float32), folder / "adapter").get_base_model()
+    with torch.no_grad():
+        loss = sum(float(pack_loss(tuned, piece)) for piece in pack(rows, 300))
+    return loss / sum(label != IGNORED for row in rows for label in row["labels"])
+
+
+def test_two_runs_give_the_same_bytes(trained):
+    one, other = trained("one"), trained("other")
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "train.json", "loss.csv"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_the_loss_curve_does_not_depend_on_the_tokens_per_pack(trained):
+    large, small = (
+        curve(trained("large", **{"machine.tokens_per_pack": 10_000})),
+        curve(trained("small", **{"machine.tokens_per_pack": 1})),
+    )
+    assert large == pytest.approx(small, rel=1e-4)
+    assert large[-1] < large[0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is not None, reason="see tests/tpu")
+def test_tpus_without_torch_xla_are_refused(trained):
+    with pytest.raises(Refusal, match=r"machine\.device is xla, but torch-xla is not installed"):
+        trained("run", **{"machine.device": "xla"})
+
+
+def test_where_tpus_train_the_processor_does_the_rest(params_file, tmp_path):
+    machine = load(params_file(tmp_path, **{"machine.device": "xla", "machine.tokens_per_pack": 7})).machine
+    found = resolve(machine)
+    assert (found.device, found.devices, found.tokens_per_pack) == ("cpu", ("cpu",), 1024)
+
+
+def test_another_seed_gives_another_adapter(trained):
+    one, other = (
+        load_file(trained(str(seed), **{"train.seed": seed}) / "adapter/adapter_model.safetensors") for seed in (1, 2)
+    )
+    assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(("keep", "init"), [("last", "default"), ("best", "default"), ("last", "pissa")])

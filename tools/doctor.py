@@ -97,8 +97,11 @@ def check_versions(found: Found, folder: Path = Path()) -> None:
     if absent:
         found.problems.append(f"{', '.join(absent)}: not installed; pip install -r requirements.txt")
     pinned: dict[str, set[str]] = {}
-    for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", (folder / "requirements.txt").read_text(), re.M):
-        pinned.setdefault(name, set()).add(version)  # several, for several versions of Python
+    text = (folder / "requirements.txt").read_text(encoding="utf-8")
+    if installed("torch-xla") is not None:
+        text += (folder / "requirements-tpu.txt").read_text(encoding="utf-8")
+    for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", text, re.M):
+        pinned.setdefault(name, set()).add(version)  # several, for several versions of Python; torch's, for TPUs
     others = [
         f"{name} {there} instead of {' or '.join(sorted(versions))}"
         for name, versions in pinned.items()
@@ -166,12 +169,20 @@ def main_memory() -> tuple[int, int]:
 
 
 def check_device(wanted: params.Machine, found: Found) -> tuple[str, list[Gpu]] | None:
-    """cpu, or cuda with its GPUs; None where that cannot be told."""
+    """cpu, or cuda with its GPUs; None where that cannot be told, as of TPUs."""
     if wanted.engine == "vllm" and find_spec("vllm") is None:
         found.problems.append(
             "params.yaml: machine.engine is vllm, which is not installed; set it to batches, or: pip install "
             "vllm==0.32.0"
         )
+    if wanted.device == "xla":
+        if find_spec("torch_xla") is None:
+            found.problems.append(
+                "params.yaml: machine.device is xla, and torch-xla is not installed here: make install-tpu, and run it "
+                "all from .venv-tpu"
+            )
+        found.facts.append("device: of TPUs nothing is checked, nor the memory that training takes there")
+        return None
     told, torch = gpus(), build()
     if torch.hip or told is None:
         why = "torch is built for AMD's" if torch.hip else "they do not tell"

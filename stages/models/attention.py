@@ -6,17 +6,38 @@ Registered with transformers on import. What sees what comes as the keyword `seg
 
 import functools
 import inspect
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from stages.models.packs import Segment, Sight
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch 2.9, on which torch-xla runs
+    varlen_attn = None
+
 PACKED = "packed"
 # PyTorch 2.11 takes grouped queries without being told
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+class Spread(NamedTuple):
+    """What each token of several packs, all as long, sees: those before it in its own segment, and the segment that it
+    shares, -1 for none. [packs, T] each; positions count from each row's beginning."""
+
+    positions: torch.Tensor
+    own: torch.Tensor
+    shared: torch.Tensor
+
+    def seen(self, window: int | None) -> torch.Tensor:
+        """[packs, 1, T, T], True where the query sees the key."""
+        apart = self.positions[:, :, None] - self.positions[:, None, :]
+        same = self.own[:, :, None] == self.own[:, None, :]
+        mask = (same & (apart >= 0)) | (self.shared[:, :, None] == self.own[:, None, :])
+        return (mask if window is None else mask & (apart < window))[:, None]
 
 
 def packed_attention(
@@ -28,6 +49,7 @@ def packed_attention(
     *,
     segments: tuple[Segment, ...] | None = None,
     sight: Sight | None = None,
+    spread: Spread | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -37,8 +59,8 @@ def packed_attention(
     """Causal attention inside each segment and over what it shares. query: [1, H, T, D]; key, value: [1, G, T, D],
     G a divisor of H.
 
-    Returns [1, T, H, D]. `sliding_window` counts the tokens that one sees, itself among them; `softcap` bounds the
-    scores by c·tanh(s/c) before the softmax, as Gemma 2 does.
+    Returns [1, T, H, D]; with `spread` for as many packs as it has. `sliding_window` counts the tokens that one sees,
+    itself among them; `softcap` bounds the scores by c·tanh(s/c) before the softmax, as Gemma 2 does.
     """
     assert attention_mask is None, "packed rows know what they see and take no mask"
     if sight is not None:
@@ -47,6 +69,8 @@ def packed_attention(
     attend = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
     if softcap is not None:
         attend = functools.partial(_softcapped, dropout_p=dropout, scale=scaling, softcap=softcap)
+    if spread is not None:
+        return attend(query, key, value, attn_mask=spread.seen(sliding_window)).transpose(1, 2), None
     dtype = query.dtype
     if query.device.type == "cpu":  # whose kernels take twice as long for bfloat16, backward, as for float32
         query, key, value = query.float(), key.float(), value.float()

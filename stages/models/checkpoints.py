@@ -63,7 +63,8 @@ class Run:
         """Write the checkpoint whole or not at all; of those before it, the newest stays."""
         began = time.monotonic()
         state = json.dumps({**checkpoint.state, "step": checkpoint.step}, allow_nan=False).encode()
-        files = {TENSORS: safetensors.torch.save(checkpoint.tensors), STATE: state}
+        tensors = {name: value.cpu() for name, value in checkpoint.tensors.items()}
+        files = {TENSORS: safetensors.torch.save(tensors), STATE: state}
         manifest = json.dumps({name: [len(content), sha256(content)] for name, content in files.items()}).encode()
         partial = self.folder / "partial"
         shutil.rmtree(partial, ignore_errors=True)

@@ -43,7 +43,7 @@ class _HeadLoss(torch.autograd.Function):
             rows = slice(start, start + at_once)
             if cuda:
                 product = hidden[rows] @ weight.T
-                losses[rows] = any_length(_losses_in_one)(product, targets[rows, None], softcap)
+                losses[rows] = any_length(losses_in_one)(product, targets[rows, None], softcap)
             else:
                 products, scores = _workspace(len(weight), weight.dtype)
                 product = products[: len(hidden[rows])]
@@ -79,8 +79,8 @@ def _losses(product: torch.Tensor, logits: torch.Tensor, index: torch.Tensor, so
     return (mass.log() + highest - chosen)[:, 0]
 
 
-def _losses_in_one(product: torch.Tensor, index: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """`_losses` for a GPU's compiler, which makes two reads and a write of it: passes over [N, V] are what costs."""
+def losses_in_one(product: torch.Tensor, index: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """`_losses` for a compiler, which makes two reads and a write of it: passes over [N, V] are what costs."""
     logits = product.float()
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap

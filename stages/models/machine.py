@@ -14,7 +14,7 @@ from stages.refusal import Refusal
 
 # malloc.h of glibc
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384}
+TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384, "xla": 1024}
 ROWS_PER_BATCH = {"cpu": 105, "cuda": 256}
 FASTER = 0.8  # share of float32's time that bfloat16 must stay under to be chosen
 
@@ -32,8 +32,30 @@ class Resolved:
     deterministic: bool = False
 
 
+def resolve_training(machine: Machine) -> Resolved:
+    """As `resolve`, where TPUs are a device too: all those of this machine, in one process."""
+    if machine.device != "xla":
+        return resolve(machine)
+    if importlib.util.find_spec("torch_xla") is None:
+        raise Refusal(
+            "params.yaml: machine.device is xla, but torch-xla is not installed here: make install-tpu, and run it all "
+            "from .venv-tpu"
+        )
+    if machine.devices != "auto" or machine.rendezvous:
+        raise Refusal(
+            "params.yaml: machine.device is xla, which takes all TPU cores of one machine; set machine.devices to auto "
+            "and machine.rendezvous to null"
+        )
+    dtype = torch.bfloat16 if machine.dtype == "auto" else getattr(torch, machine.dtype)
+    tokens = TOKENS_PER_PACK["xla"] if machine.tokens_per_pack == "auto" else machine.tokens_per_pack
+    return Resolved("xla", ("xla",), dtype, tokens, rows_per_batch=0, engine=machine.engine)
+
+
 def resolve(machine: Machine) -> Resolved:
-    """Fill in what is `auto`; raises Refusal for a device or format that this machine lacks."""
+    """Fill in what is `auto`; raises Refusal for a device or format that this machine lacks. What xla means to training
+    alone is cpu here: TPUs neither merge nor answer."""
+    if machine.device == "xla":
+        machine = machine.model_copy(update={"device": "cpu", "devices": 1, "tokens_per_pack": "auto"})
     there = "cuda" if torch.cuda.is_available() else "cpu"
     device = there if machine.device == "auto" else machine.device
     if device == "cuda" and there != "cuda":
