@@ -1,4 +1,4 @@
-"""What training takes beside what tools.memory says it will, each size in a process of its own, on random weights.
+"""What training takes beside what stages.models.memory says it will, each size in its own process, on random weights.
 
     python -m bench.memory                  GPU_CASES where there is a GPU, under five minutes; else CPU_CASES
     python -m bench.memory estimate         the estimates anew beside the figures that are there, nothing run
@@ -34,7 +34,7 @@ from stages.models.machine import resolve
 from stages.models.packs import pack
 from stages.outputs import write_json
 from stages.params import Params, load
-from tools import memory
+from stages.models import memory
 
 RESULTS = Path(__file__).parent / "results/gpus.json"
 H200 = Path(__file__).parent / "results/train_h200.json"
@@ -120,7 +120,7 @@ def settings(tokens: int) -> Params:
 
 
 def judged(found: dict) -> dict:
-    """`found` with the GiB that tools.memory expects PyTorch, or on a CPU the process, to report, and how far off."""
+    """`found` with the GiB that the estimate expects PyTorch, or on a CPU the process, to report, and how far off."""
     folder = bench.SCRATCH / found["model"] / "config.json"
     known = LLAMA if found["model"] == "llama-135m" else bench.MODELS[found["model"]]
     config = json.loads(folder.read_text()) if folder.is_file() else {**known.to_dict(), "dtype": "bfloat16"}

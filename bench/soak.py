@@ -3,7 +3,7 @@
     python -m bench.soak [MODEL]            a shape of bench/train.py with random weights
 
 Rows are those of bench/train.py, their lengths lognormal and shuffled anew in each epoch, so that hardly two packs are
-of one size. On a GPU, MODEL is gemma3-270m unless named, packs are as large as tools/memory.py says the card takes, and
+of one size. On a GPU, MODEL is gemma3-270m unless named, packs are as large as stages/models/memory.py says the card takes, and
 a step has rows enough to fill one; on a CPU `tiniest`, with four rows a step, a quarter as long. Checkpoints are
 written as in any training.
 
@@ -36,14 +36,14 @@ from stages.models.machine import resolve
 from stages.models.watch import resident_gib
 from stages.outputs import write_json
 from stages.params import load
-from tools import memory
+from stages.models import memory
 
 STEPS = (100, 500, 1000, 2000)
 STEPS_AN_EPOCH = 100
 CPU_TOKENS = 256  # of a pack
 CPU_ROWS = 4  # a step
 LONGEST = 2048  # tokens a row, of bench.train.rows
-ROOM = 0.9  # of the card: tools/memory.py errs by a few hundredths (memory_estimate_error)
+ROOM = 0.9  # of the card: stages/models/memory.py errs by a few hundredths (memory_estimate_error)
 
 
 class Levels(TrainerCallback):
@@ -65,7 +65,7 @@ class Levels(TrainerCallback):
 
 
 def most_tokens(folder: Path, lora, device: str) -> int:
-    """Of a pack: on a GPU, the most that tools/memory.py gives the card."""
+    """Of a pack: on a GPU, the most that stages/models/memory.py gives the card."""
     if device == "cpu":
         return CPU_TOKENS
     shape = memory.shape(json.loads((folder / "config.json").read_text(encoding="utf-8")))

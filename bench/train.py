@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,14 @@ MODELS = {
         num_key_value_heads=4,
         intermediate_size=10240,
     ),
+    "gemma3-27b": Gemma3TextConfig(
+        **{**GEMMA3, "head_dim": 128, "query_pre_attn_scalar": 168, "sliding_window": 1024},
+        hidden_size=5376,
+        num_hidden_layers=62,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        intermediate_size=21504,
+    ),
     "gemma2-9b": Gemma2Config(
         vocab_size=256000,
         hidden_size=3584,
@@ -130,6 +139,28 @@ def folder_of(name: str) -> Path:
     return folder
 
 
+def drawn(name: str, device: str, dtype: torch.dtype, quantize: str | None, ranks):
+    """A model of that shape, whose layers the processes share. Each weight is drawn by its name, so that all draw the
+    same; what 27 billion take on a disk is not needed."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from stages.models.attention import PACKED
+    from stages.models.sharded import Sharded
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(MODELS[name], dtype=dtype, attn_implementation=PACKED)
+    for path, buffer in list(model.named_buffers()):
+        module, _, leaf = path.rpartition(".")
+        model.get_submodule(module).register_buffer(leaf, buffer.to(device), persistent=False)
+
+    def read(path: str) -> torch.Tensor:
+        draw = torch.Generator(device).manual_seed(zlib.crc32(path.encode()))
+        return torch.randn(model.get_parameter(path).shape, generator=draw, device=device, dtype=dtype) * 0.02
+
+    return model.eval(), Sharded(model, read, quantize, ranks)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     words = models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 3}, unk_token="<unk>")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="<pad>", eos_token="<eos>")
@@ -161,7 +192,9 @@ def ours(
     profiled: bool = False,
     rows_a_step: int = ROWS_A_STEP,
     ranks=None,
+    shard_base: bool = False,
 ) -> dict:
+    """shard_base: the processes of `ranks` share the base, whose weights are drawn as they are asked for."""
     from stages import train
     from stages.models.checkpoints import Run
     from stages.models.fused import fuse
@@ -172,13 +205,17 @@ def ours(
     from stages.models.ranks import ALONE
     from stages.params import load
 
-    folder = folder_of(model)
     marks = Marks()
     params = load()
     there = {"dtype": "bfloat16", "device": "auto", "devices": 1, "tokens_per_pack": tokens_per_pack}
     machine = resolve(params.machine.model_copy(update=there))
     lora = params.lora.model_copy(update={"r": 16, "alpha": 16.0, "dropout": 0.0, "quantize": quantize})
-    adapted = add_adapters(load_model(folder, machine.device, machine.dtype, quantize=quantize), lora, 0)
+    layers = None
+    if shard_base:
+        base, layers = drawn(model, machine.device, machine.dtype, quantize, ranks)
+    else:
+        base = load_model(folder_of(model), machine.device, machine.dtype, quantize=quantize)
+    adapted = add_adapters(base, lora, 0)
     fuse(adapted)
     if machine.device == "cuda":
         compile_pieces(adapted.get_base_model())
@@ -188,7 +225,9 @@ def ours(
     settings = params.train.model_copy(update=once | plain)
     scratch = tempfile.mkdtemp()
     run = Run(Path(scratch) / "checkpoints", 10**6)
-    trainer = train.Trainer(adapted, tokenizer(), settings, machine, made, made[:2], scratch, run, None, ranks or ALONE)
+    trainer = train.Trainer(
+        adapted, tokenizer(), settings, machine, made, made[:2], scratch, run, None, ranks or ALONE, layers
+    )
     trainer.add_callback(marks)
     if profiled:
         trainer.add_callback(Profile())

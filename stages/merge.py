@@ -20,10 +20,11 @@ from stages import timing
 from stages.models.load import load_model, packed_logits
 from stages.models.lora import load_adapter
 from stages.models.machine import Resolved, resolve
-from stages.models.merging import Uncovered, give_buffers, plan, read_weights, write_merged
+from stages.models.merging import plan, read_weights, write_merged
 from stages.models.packs import pack
 from stages.models.quantized import round_weights
 from stages.models.streamed import in_step
+from stages.models.unloaded import Uncovered, give_buffers
 from stages.outputs import new_folder, refuse_without_room, write_json
 from stages.params import load
 from stages.refusal import Refusal, run
@@ -56,7 +57,7 @@ def answers_logits(
     device = machine.device
     try:
         planned = plan(folder, adapter, machine.dtype)
-        give_buffers(planned, folder, device)
+        give_buffers(planned.model, set(planned.sources), folder, device)
     except Uncovered:
         model = load_model(folder, device, machine.dtype, quantize=quantize)
         model = load_adapter(model, adapter).get_base_model() if adapter else model

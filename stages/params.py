@@ -28,6 +28,7 @@ from stages.refusal import Refusal, run
 
 # What pydantic's errors ask for, in words for people; the braces are filled from the error's context.
 WANTED = {
+    "bool_type": "true or false",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
@@ -138,6 +139,13 @@ class Lora(Section):
     trainable_tokens: list[str]
     modules_to_save: list[Literal["embed_tokens", "lm_head"]]
 
+    @property
+    def of_whole_weights(self) -> str | None:
+        """The setting that reads or changes a weight as a whole, beside its layer's product; None where none does."""
+        if self.method == "dora":
+            return "method dora"
+        return f"init {self.init}" if self.init in ("pissa", "olora") else None
+
     @model_validator(mode="after")
     def _together(self):
         if self.init in ("pissa", "olora") and (self.method != "lora" or self.quantize):
@@ -197,6 +205,7 @@ class Machine(Section):
     tokens_per_pack: Literal["auto"] | Count
     rows_per_batch: Literal["auto"] | Count
     engine: Literal["batches", "vllm"]
+    shard_base: Literal["auto"] | bool
     deterministic: bool
     checkpoint_minutes: Literal["auto"] | Annotated[float, Field(gt=0, le=10**6)]
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]]
@@ -226,6 +235,8 @@ def load(path: Path = Path("params.yaml")) -> Params:
         raise Refusal(f"{path}: {_sentence(error, (), values)}") from None
     if params.prepare.validation + params.prepare.test >= 1:
         raise Refusal(f"{path}: prepare.validation + prepare.test is 1 or more and leaves no training rows; lower one")
+    if params.machine.shard_base is True and (whole := params.lora.of_whole_weights):
+        raise Refusal(f"{path}: machine.shard_base true does not go with lora.{whole}; set it to false")
     return params
 
 

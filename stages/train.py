@@ -6,7 +6,8 @@
 An optimizer step is train.batch_size rows, whatever the memory: the rows are cut into packs that fit the machine, and
 the loss is the sum over the step's supervised tokens divided by their number, over all packs.
 
-On several devices the same function runs in a process for each (stages/models/ranks.py).
+On several devices the same function runs in a process for each (stages/models/ranks.py), and each keeps the whole base
+or a share of its layers (stages/models/sharded.py).
 
 Checkpoints are written as it goes (machine.checkpoint_minutes). After a kill the same command goes on from the last
 one, and gives the bytes that it would have given undisturbed.
@@ -17,9 +18,11 @@ import stages.models.quiet  # noqa: F401, I001 - before what it quiets
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import sys
@@ -46,11 +49,13 @@ from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.fused import fuse
 from stages.models.lora import add_adapters, embedding_trained, save_adapter, token_ids, twin
 from stages.models.machine import Resolved, add_in_one_order, resolve_training
+from stages.models.memory import shape, sharding
 from stages.models.packs import IGNORED, Pack, pack
 from stages.models.progress import best_step, validations, without_progress
 from stages.models.ranks import ALONE, Machines, Ranks, launch
 from stages.models.room import adapter_bytes, checkpoints_bytes
 from stages.models.schedule import schedule
+from stages.models.sharded import Sharded, load_sharded
 from stages.models.state import (
     best,
     generators,
@@ -96,13 +101,15 @@ class Trainer(SFTTrainer):
         run: Run,
         saved: Checkpoint | None,
         ranks: Ranks = ALONE,
+        sharded: Sharded | None = None,
         score: Callable[[], float] | None = None,
     ):
-        """Go on from `saved`, of `run`, if it is there. What TRL saves on its own account goes to `scratch`. `score`
-        measures the adapters as they are, each time that the validation loss does."""
+        """Go on from `saved`, of `run`, if it is there. What TRL saves on its own account goes to `scratch`. sharded:
+        the model's layers, where each process keeps a share of them. `score` measures the adapters as they are, each
+        time that the validation loss does."""
         self.rows, self.validation_rows = rows, validation_rows
         self.tokens_per_pack = machine.tokens_per_pack
-        self.ranks = ranks
+        self.ranks, self.sharded = ranks, sharded
         self.score = score
         self.settings = train
         self.history: list[dict] = []
@@ -144,7 +151,7 @@ class Trainer(SFTTrainer):
         ranks.begin_alike(self.adapters)
         self.graphs = None
         base = model.get_base_model()
-        if takes_flash(base) and family(base).recorded and not embedding_trained(model):
+        if takes_flash(base) and family(base).recorded and not embedding_trained(model) and not sharded:
             own_gradients(model)
             self.graphs = Graphs(base, rows)
         self.remove_callback(PrinterCallback)  # Watch shows the same figures
@@ -181,19 +188,23 @@ class Trainer(SFTTrainer):
         if self.pod:
             self.pod.begin_step(self.args.seed, self.state.global_step)
         total = torch.zeros((), device="xla" if self.pod else self.args.device)
-        for piece in step.packs:
-            if self.pod:
-                loss = self.pod.losses(piece).sum() / step.supervised
-            else:
-                loss = pack_loss(model.get_base_model(), piece, recorded) / step.supervised
-            self.accelerator.backward(loss)
-            total += loss.detach()
-            if self.pod:
-                self.pod.compute()
+        with self._passes(len(step.packs), backward=True):
+            for piece in step.packs:
+                if self.pod:
+                    loss = self.pod.losses(piece).sum() / step.supervised
+                else:
+                    loss = pack_loss(model.get_base_model(), piece, recorded) / step.supervised
+                self.accelerator.backward(loss)
+                total += loss.detach()
+                if self.pod:
+                    self.pod.compute()
         if self.graphs:
             self.ranks.tell(list(self.graphs.recorded))
         self.loss_now = self.ranks.add_up(self.adapters, total)
         return self.loss_now if self.pod is None else torch.zeros(())  # of TPUs the Trainer knows nothing
+
+    def _passes(self, own: int, backward: bool) -> contextlib.AbstractContextManager:
+        return self.sharded.passes(own, backward) if self.sharded else contextlib.nullcontext()
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         norm = super()._clip_grad_norm(model)
@@ -208,9 +219,10 @@ class Trainer(SFTTrainer):
         self.reader.read_all()
         self.model.eval()
         rows = self.ranks.share(self.validation_rows, self.tokens_per_pack)
-        if self.pod:
-            losses = self.pod.row_losses(rows, self.tokens_per_pack)
-        else:
+        passes = len(pack(rows, self.tokens_per_pack)) if self.sharded else 0
+        with self._passes(passes, backward=False):
+            measure = self.pod.row_losses if self.pod else functools.partial(row_losses, self.model.get_base_model())
+            losses = measure(rows, self.tokens_per_pack)
             losses = row_losses(self.model.get_base_model(), rows, self.tokens_per_pack)
         loss = mean_loss([loss for share in self.ranks.of_all(losses) for loss in share.values()])
         if not math.isfinite(loss):
@@ -426,7 +438,9 @@ def curve_of(history: list[dict]) -> str:
     return text.getvalue()
 
 
-def decisive(params: Params, machine: Resolved, base: Path, tokens: list[Path], processes: int = 1) -> dict:
+def decisive(
+    params: Params, machine: Resolved, base: Path, tokens: list[Path], processes: int = 1, sharded: bool = False
+) -> dict:
     """All that decides the adapter's bytes. Of machine.dtype what was asked for: a checkpoint says what auto found."""
     return {
         "params": {"lora": params.lora.model_dump(), "train": params.train.model_dump()},
@@ -436,11 +450,29 @@ def decisive(params: Params, machine: Resolved, base: Path, tokens: list[Path], 
             params.machine.deterministic,
             machine.tokens_per_pack,
             processes,
+            sharded,
         ],
         "base": checksums({path.name: path for path in base.iterdir()}),
         "tokens": checksums({str(number): path for number, path in enumerate(tokens)}),
         **surroundings(machine.device),
     }
+
+
+def shares_base(params: Params, machine: Resolved, base: Path, processes: int) -> bool:
+    """Whether each process keeps a share of the base, by machine.shard_base and this device; raises Refusal where it
+    cannot."""
+    asked = params.machine.shard_base
+    if asked is True and processes == 1:
+        raise Refusal(
+            "params.yaml: machine.shard_base is true, and one device trains (machine.devices); set it to auto"
+        )
+    if asked != "auto" or machine.device != "cuda" or processes == 1:
+        return asked is True
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    described = shape(config, sum(path.stat().st_size for path in base.glob("*.safetensors")))
+    card = torch.cuda.get_device_properties(0)
+    flash, dtype = (card.major, card.minor) >= (8, 0), dtype_name(machine.dtype)
+    return described is not None and sharding(described, params, "cuda", dtype, flash, processes, card.total_memory)
 
 
 def worth_going_on_from(run: Run) -> Checkpoint | None:
@@ -491,8 +523,14 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
     tokens = [train_tokens, validation_tokens]
     with contextlib.ExitStack() as held:
         scratch = held.enter_context(tempfile.TemporaryDirectory())
+        sharded = any(ranks.of_all(shares_base(params, machine, base, ranks.count)))
+        if sharded and params.train.metric == "score":
+            raise Refusal(
+                "params.yaml: train.metric is score, but a base that devices share (machine.shard_base) answers nothing "
+                "while it trains; set it to loss"
+            )
         read = [*tokens, *sorted(asked.iterdir())]
-        decides = decisive(params, machine, base, read, ranks.count) if ranks.first_here else None
+        decides = decisive(params, machine, base, read, ranks.count, sharded) if ranks.first_here else None
         ranks.refuse_differences(decides)
         run, saved = Run(Path(scratch) / "unused", math.inf), None
         if ranks.first:
@@ -503,7 +541,10 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
             machine = dataclasses.replace(machine, dtype=getattr(torch, saved.state["dtype"]))
         rows, validation_rows = (read_rows(path) for path in tokens)
         device = "cpu" if machine.device == "xla" else machine.device  # the trainer moves the model to TPUs
-        model = load_model(base, device, machine.dtype, quantize=params.lora.quantize)
+        if sharded:
+            model, layers = load_sharded(base, device, machine.dtype, params.lora.quantize, ranks)
+        else:
+            model, layers = load_model(base, device, machine.dtype, quantize=params.lora.quantize), None
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         trainable = token_ids(tokenizer, params.lora.trainable_tokens)
         model = add_adapters(model, params.lora, params.train.seed, trainable)
@@ -522,7 +563,7 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
             fuse(model)
         if machine.device == "cuda":
             compile_pieces(model.get_base_model())
-        given = (tokenizer, params.train, machine, rows, validation_rows, scratch, run, saved, ranks, score)
+        given = (tokenizer, params.train, machine, rows, validation_rows, scratch, run, saved, ranks, layers, score)
         trainer = Trainer(model, *given)
         if saved:
             print(f"going on after step {trainer.done} of {len(trainer.planned)}", file=sys.stderr)
@@ -601,7 +642,7 @@ def record_timing(trainer: Trainer, machine: Resolved, began: float) -> None:
         tokens_per_second=round(watch.tokens_per_second, 1),
         peak_gib=round(peak_gib, 2),
         device=machine.device,
-        **({"devices": ranks.count} if ranks.count > 1 else {}),
+        **({"devices": ranks.count, "shard_base": bool(trainer.sharded)} if ranks.count > 1 else {}),
         dtype=dtype_name(machine.dtype),
         tokens_per_pack=machine.tokens_per_pack,
         threads=torch.get_num_threads(),

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from stages import params
-from stages.models import room
+from stages.models import memory, room
 from tests.conftest import ROOT, write_params
 from tests.hubs import Fault, Hub
 from tests.test_hubs import NAME, TOY, push
-from tools import doctor, memory
+from tools import doctor
 
 GEMMA_4B = {
     "model_type": "gemma3_text",
@@ -372,6 +372,20 @@ def test_a_model_that_no_gpu_here_holds_is_a_problem(top, monkeypatch):
     with_gpu(monkeypatch, 6)
     (line,) = examined(**{"machine.device": "auto"}).problems
     assert "before the first token" in line and "lora.quantize: nf4" in line
+
+
+def test_several_gpus_share_a_base_that_none_of_them_holds(top, monkeypatch):
+    of_4b()
+    with_gpu(monkeypatch, 8)
+    ((gpu,), driver) = doctor.gpus()
+    monkeypatch.setattr(doctor, "gpus", lambda: ([gpu, gpu], driver))
+    found = examined(**{"machine.device": "auto"})
+    assert found.problems == []
+    assert any("on each of 2 devices that share the base" in line for line in found.facts + found.warnings)
+    (line,) = examined(**{"machine.device": "auto", "machine.shard_base": False}).problems
+    assert "before the first token" in line and "machine.shard_base: auto" in line
+    (line, _) = examined(**{"machine.device": "auto", "machine.devices": 1, "machine.shard_base": True}).problems
+    assert "machine.shard_base is true, and one device trains" in line
 
 
 def test_a_gpu_that_full_packs_do_not_fit_on_is_told_which_do(top, monkeypatch):

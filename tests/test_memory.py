@@ -1,4 +1,4 @@
-"""tools.memory knows shapes without torch; here the models themselves say what is so."""
+"""stages.models.memory knows shapes without torch; here the models themselves say what is so."""
 
 import json
 
@@ -7,14 +7,13 @@ import torch
 from transformers import AutoConfig
 
 from bench import memory as bench
-from stages.models import families, generate, graphs, loss, machine
+from stages.models import families, generate, graphs, loss, machine, memory
 from stages.models.fused import fuse
 from stages.models.load import load_model
 from stages.models.lora import add_adapters
 from stages.params import load
 from tests import tiny_families
 from tests.conftest import ROOT
-from tools import memory
 
 GUESSED = 0.15  # what the estimate may be off by
 
@@ -41,10 +40,9 @@ def test_what_it_repeats_of_the_stages_is_what_they_have():
     assert memory.HEAD_TOKENS == loss.TOKENS_AT_ONCE
     assert (memory.KEYS, memory.GRAPHS) == (graphs.KEYS, graphs.MOST)
     assert all(memory.recorded_size(tokens) == graphs.size_of(tokens) for tokens in range(1, 70000, 7))
-    of_text = {name for name, one in families.FAMILIES.items() if one.recorded} - {
-        "gemma3"
-    }  # whose text is gemma3_text
-    assert set(memory.RECORDED) == of_text
+    for known, asked in ((memory.RECORDED, "recorded"), (memory.SHARDED, "sharded")):
+        of_text = {name for name, one in families.FAMILIES.items() if getattr(one, asked)}
+        assert set(known) == of_text - {"gemma3"}  # whose text is gemma3_text
 
 
 def test_the_adapters_are_as_many_and_as_large_as_peft_makes_them(folder):

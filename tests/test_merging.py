@@ -23,8 +23,9 @@ from stages import merge
 from stages.models import shards
 from stages.models.load import load_model
 from stages.models.lora import save_adapter
-from stages.models.merging import Uncovered, plan
+from stages.models.merging import plan
 from stages.models.shards import stored, stored_model, write_shard
+from stages.models.unloaded import Uncovered
 from stages.refusal import Refusal
 
 

@@ -66,6 +66,12 @@ def test_a_value_that_cannot_be_meant_is_refused_by_its_key(
     assert refusal(path, monkeypatch, capsys).startswith(said)
 
 
+def test_a_choice_between_auto_and_a_truth_value_is_said_so(params_file, tmp_path, monkeypatch, capsys):
+    path = params_file(tmp_path, **{"machine.shard_base": "yes"})
+    said = "machine.shard_base is the text 'yes'; it should be 'auto' or true or false"
+    assert refusal(path, monkeypatch, capsys).startswith(said)
+
+
 @pytest.mark.parametrize(("text", "said"), FILES)
 def test_a_file_that_is_not_what_it_should_be_is_refused(text, said, tmp_path, monkeypatch, capsys):
     path = tmp_path / "params.yaml"

@@ -254,6 +254,7 @@ def cloned(folder: Path, tiny_model: Path) -> Iterator[Clone]:
         device="cpu",
         devices=1,
         rendezvous=None,
+        shard_base="auto",
         dtype="float32",
         tokens_per_pack=512,
         rows_per_batch=8,

@@ -8,12 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from stages import merge
-from stages.models import merging
 from stages.models.load import load_model
 from stages.models.lora import save_adapter
 from stages.models.machine import Resolved
-from stages.models.merging import give_buffers, plan, read_weights
+from stages.models.merging import plan, read_weights
 from stages.models.streamed import in_step
+from stages.models.unloaded import Uncovered, give_buffers
 
 ROWS = [
     {"id": str(n), "input_ids": list(range(6, 6 + n)), "labels": [-100] * n, "prompt_tokens": n // 2}
@@ -50,7 +50,7 @@ def test_its_numbers_are_those_of_the_model_in_memory(values, quantize, dtype, t
     streamed = ask()
 
     def uncovered(*_) -> None:
-        raise merging.Uncovered("told to be")
+        raise Uncovered("told to be")
 
     monkeypatch.setattr(merge, "plan", uncovered)
     whole = ask()
@@ -60,7 +60,7 @@ def test_its_numbers_are_those_of_the_model_in_memory(values, quantize, dtype, t
 
 def streamable(folder: Path):
     planned = plan(folder, None, torch.float32)
-    give_buffers(planned, folder, "cpu")
+    give_buffers(planned.model, set(planned.sources), folder, "cpu")
     return planned.model, read_weights(planned, "cpu", None)
 
 

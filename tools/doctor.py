@@ -27,13 +27,12 @@ try:
 
     from stages import params, rows
     from stages.download import PROVENANCE, find_template
-    from stages.models import room
+    from stages.models import memory, room
     from stages.models.trackers import refuse_missing
     from stages.params import Params
     from stages.refusal import DISK_FULL, SPARE_BYTES, Refusal, run
     from stages.sources import kept, transfer
     from stages.sources.provenance import Announced
-    from tools import memory
     from tools.gpus import visible
     from tools.repository import ADAPTER, BASE, MERGED, RAW
 except ModuleNotFoundError as missing:
@@ -48,7 +47,7 @@ ANSWER_SECONDS = 3.0  # how long a hub or an index is waited for
 ROWS = 20  # of the data, read through the task
 READ_BYTES = 64 << 20  # a .json file is read as a whole: a larger one takes too long
 UNPACKED = 4  # times a GGUF file's size that its weights take in 16 bits; 4.5 bits each is the least that is opened
-ERROR = 0.15  # of tools.memory's figures (bench/results/gpus.json)
+ERROR = 0.15  # of stages.models.memory's figures (bench/results/gpus.json)
 GIB = memory.GIB
 
 
@@ -392,27 +391,38 @@ def check_memory(settings: Params, shape: memory.Shape, device: str, there: list
         formats = [settings.machine.dtype]
     else:  # on a CPU measured, by torch
         formats = ["bfloat16"] if device == "cuda" else ["float32", "bfloat16"]
+    free, total = (there[0].free, there[0].total) if device == "cuda" else main_memory()
+    devices = settings.machine.devices if settings.machine.devices != "auto" else max(1, len(there))
+    devices = min(devices, settings.train.batch_size)
+    if settings.machine.shard_base is True and devices == 1 and settings.machine.rendezvous is None:
+        found.problems.append("params.yaml: machine.shard_base is true, and one device trains; set it to auto")
+    sharded = memory.sharding(shape, settings, device, formats[0], flash, devices, total)
+    shares = devices if sharded else 1
     by_format = {
-        dtype: memory.training(shape, lora, device, dtype, tokens, longest, flash, shared) for dtype in formats
+        dtype: memory.training(shape, lora, device, dtype, tokens, longest, flash, shared, shares) for dtype in formats
     }
     dtype, held = max(by_format.items(), key=lambda item: item[1].needed)
-    free, total = (there[0].free, there[0].total) if device == "cuda" else main_memory()
     where = there[0].name if device == "cuda" else "main memory"
     room = f"{where} has {free / GIB:.1f} GiB free of {total / GIB:.1f}"
-    line = f"training takes up to {held.needed / GIB:.1f} GiB with packs of {tokens} tokens in {dtype}, and {room}"
-    quantize = "lora.quantize: nf4, " if device == "cuda" and lora.quantize is None else ""
-    fits = memory.most_tokens(shape, lora, device, dtype, longest, flash, shared, total)
+    over = f" on each of {shares} devices that share the base" if sharded else ""
+    line = (
+        f"training takes up to {held.needed / GIB:.1f} GiB{over} with packs of {tokens} tokens in {dtype}, and {room}"
+    )
+    smaller = "lora.quantize: nf4, " if device == "cuda" and lora.quantize is None else ""
+    if settings.machine.shard_base is False and device == "cuda" and devices > 1:
+        smaller = f"machine.shard_base: auto, {smaller}"
+    fits = memory.most_tokens(shape, lora, device, dtype, longest, flash, shared, total, shares)
     bare = held.weights + held.adapters + held.process
     if bare * (1 - ERROR) > total and not ADAPTER.exists():
         found.problems.append(
-            f"memory: training takes {bare / GIB:.1f} GiB before the first token, and {room}; set {quantize}"
+            f"memory: training takes {bare / GIB:.1f} GiB{over} before the first token, and {room}; set {smaller}"
             "model.fetch to a smaller model, or take a larger machine"
         )
     elif held.needed > total and fits:
         found.warnings.append(f"memory: {line}; should it run out: machine.tokens_per_pack: {fits}")
     elif held.needed > total:
         found.warnings.append(
-            f"memory: {line}; should it run out: {quantize}a smaller encode.max_length, or a larger machine"
+            f"memory: {line}; should it run out: {smaller}a smaller encode.max_length, or a larger machine"
         )
     elif held.needed > free:
         found.warnings.append(f"memory: {line}; end what else runs on it")

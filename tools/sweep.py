@@ -87,6 +87,8 @@ def places(machine: Machine, jobs: int | None) -> list[str | None]:
         return [None] * (jobs or 1)
     if machine.devices not in ("auto", 1):
         raise Refusal(f"params.yaml: machine.devices is {machine.devices}, but an experiment has one GPU; set it to 1")
+    if machine.shard_base is True:
+        raise Refusal("params.yaml: machine.shard_base is true, but an experiment has one GPU; set it to auto")
     if jobs and jobs > len(found):
         raise Refusal(f"--jobs {jobs}: there are {len(found)} GPUs here, and two on one would share its memory")
     return found[:jobs]

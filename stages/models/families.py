@@ -9,15 +9,17 @@ from transformers import PreTrainedModel
 @dataclass(frozen=True)
 class Family:
     """left_alone: parts of the decoder that are neither adapted nor quantized; recorded: whether its decoder can be a
-    CUDA graph."""
+    CUDA graph; sharded: whether its layers can be gathered, and computed again, one by one."""
 
     left_alone: tuple[str, ...] = ()
     recorded: bool = True
+    sharded: bool = True
 
 
 # Of Gemma 3n, AltUp clamps one of its matrices in place while it trains, which 4-bit values do not survive, and reads
-# another's weight past any adapter; and its decoder makes tensors on the CPU, for which recording would have to wait.
-_GEMMA3N = Family(("altup", "altup_projections", "altup_unembed_projections"), recorded=False)
+# another's weight past any adapter; its decoder makes tensors on the CPU, for which recording would have to wait; and
+# some layers take keys and values of others, beside what these return.
+_GEMMA3N = Family(("altup", "altup_projections", "altup_unembed_projections"), recorded=False, sharded=False)
 FAMILIES = {
     "gemma": Family(),
     "gemma2": Family(),
@@ -31,7 +33,7 @@ FAMILIES = {
 
 def family(model: PreTrainedModel) -> Family:
     """The model's; of one that no test has tried, what is safe."""
-    return FAMILIES.get(model.config.model_type, Family(recorded=False))
+    return FAMILIES.get(model.config.model_type, Family(recorded=False, sharded=False))
 
 
 def adaptable(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:

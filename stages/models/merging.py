@@ -7,26 +7,21 @@ what a tensor is called on the disk and which ones are tied. What is not sure to
 
 import copy
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners import lora
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers import GenerationConfig, PreTrainedModel
 
-from stages.models import towers
 from stages.models.families import adaptable
-from stages.models.load import load_model
 from stages.models.quantized import as_one_block, kept_values
-from stages.models.shards import DTYPES, Stored, stored, stored_model, write_shard
+from stages.models.shards import DTYPES, Stored, stored, write_shard
+from stages.models.unloaded import Uncovered, unloaded, uses
 from stages.refusal import Refusal
 
 # what an adapter's configuration may say without changing how a layer of it is merged, other than as the layer knows
@@ -37,10 +32,6 @@ COVERED = {
 }
 FROM_NOTHING = (True, False, "gaussian")  # ways to begin an adapter that leave the base's weights as they are
 FILES_AT_ONCE = 4
-
-
-class Uncovered(Exception):
-    """Why this base or adapter must be merged whole."""
 
 
 @dataclass(frozen=True)
@@ -63,36 +54,20 @@ class Plan:
 
 def plan(folder: Path, adapter: Path | None, dtype: torch.dtype) -> Plan:
     """Look at names and shapes alone; raises Uncovered."""
-    model = load_model(folder, "meta", dtype)
+    found = unloaded(folder, dtype)
+    model, in_files, files, sources = found.model, found.on_disk, found.files, found.sources
     parameters = model.num_parameters()
-    state = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    names = {id(tensor): name for name, tensor in state.items()}
-    tensors = revert_weight_conversion(model, state)
-    files = stored_model(folder)
-    if any(id(tensor) not in names for tensor in tensors.values()):
-        raise Uncovered("the base's files hold its tensors in another form")
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {n: p.shape for n, p in files.items()}:
-        raise Uncovered("the base's files hold other tensors than the model")
-    if strange := {place.dtype for place in files.values()} - set(DTYPES):
-        raise Uncovered(f"the base's files hold {min(strange)}")
-    in_files = {names[id(tensor)]: name for name, tensor in tensors.items()}
-    uses = defaultdict(list)  # of a weight, all its names, of which one is on the disk
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        uses[id(weight)].append(name)
-    sources = {name: files[found] for name, found in in_files.items()}
-    for same in uses.values():
-        (found,) = [in_files[name] for name in same if name in in_files]
-        sources |= dict.fromkeys(same, files[found])
+    tied = {name for same in uses(model).values() if len(same) > 1 for name in same}
     plain = {in_files[f"{name}.weight"] for name in adaptable(model) if f"{name}.weight" in in_files}
     layers = {}
     for name, (layer, own) in (_adapted(model, adapter) if adapter else {}).items():
-        if len(uses[id(layer.get_base_layer().weight)]) > 1:
+        if f"{name}.weight" in tied:
             raise Uncovered(f"{name} shares its weight with another layer")
         layers[in_files[f"{name}.weight"]] = layer, own
         sources |= {f"{name}.{part}.default.weight": place for part, place in own.items()}
         for leaf, _ in layer.get_base_layer().named_parameters():
             sources[f"{name}.base_layer.{leaf}"] = sources[f"{name}.{leaf}"]
-    return Plan(model.eval(), parameters, tensors, files, sources, plain, layers)
+    return Plan(model.eval(), parameters, found.tensors, files, sources, plain, layers)
 
 
 def _adapted(model: PreTrainedModel, adapter: Path) -> dict[str, tuple[lora.Linear, dict[str, Stored]]]:
@@ -226,15 +201,3 @@ def read_weights(plan: Plan, device: str, quantize: str | None) -> Callable[[str
         return place.mapped().to(device, torch.float32 if place in adapters else dtype)
 
     return read
-
-
-def give_buffers(plan: Plan, folder: Path, device: str) -> None:
-    """Compute what no file holds, as the angles of rotary embeddings, on the model without weights."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with towers.unseen(folder, config), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=plan.model.dtype)
-    for name, buffer in model.named_buffers():
-        if name in plan.sources:
-            raise Uncovered(f"{name} is no parameter")
-        module, _, leaf = name.rpartition(".")
-        plan.model.get_submodule(module).register_buffer(leaf, buffer.to(device), persistent=False)

@@ -46,6 +46,21 @@ def multiply_restored(model: PreTrainedModel) -> None:
             layer.forward = types.MethodType(_forward, layer)
 
 
+@torch.no_grad()
+def hold_packed(layer: torch.nn.Linear, weight: torch.Tensor, quantize: str) -> None:
+    """Give the layer `weight` packed, the bytes that transformers' layers would hold, on a CPU too; it multiplies by
+    the restored weight."""
+    if quantize == "nf4":
+        values, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        layer.weight = torch.nn.Parameter(values, requires_grad=False)
+        layer.weight.quant_state = state
+    else:
+        values, scales, _ = int8_vectorwise_quant(weight.half())
+        layer.weight = torch.nn.Parameter(values, requires_grad=False)
+        layer.weight.SCB = scales
+    layer.forward = types.MethodType(_forward, layer)
+
+
 class _Product(torch.autograd.Function):
     """x·Wᵀ; W is restored again on the way back, where autograd would keep it."""
 
@@ -59,7 +74,7 @@ class _Product(torch.autograd.Function):
         return gradient @ dense(ctx.weight, gradient.dtype), None
 
 
-def _forward(layer: Linear8bitLt, x: torch.Tensor) -> torch.Tensor:
+def _forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     product = _Product.apply(x, layer.weight)
     return product if layer.bias is None else product + layer.bias
 

@@ -1,8 +1,9 @@
 """A function in; several processes that run it, a device each, and train one model together.
 
-Every process holds the whole model and computes its share of each step's rows. Before the optimizer's step they add up
-their gradients, which are those of the adapters alone: one tensor, sent when a step's last pack is done, since the
-hooks of DistributedDataParallel would look for gradients that a CUDA graph writes without them.
+Every process holds the whole model, or of its frozen layers a share (sharded.py), and computes its share of each step's
+rows. Before the optimizer's step they add up their gradients, which are those of the adapters alone: one tensor, sent
+when a step's last pack is done, since the hooks of DistributedDataParallel would look for gradients that a CUDA graph
+writes without them.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """A model's config.json and params.yaml in; the bytes that training, merging and answering hold at most, out.
 
 Knows shapes alone: no weights are read, and torch is not imported. What is counted is what the stages hold (each part
-names its module); what was measured beside it is in bench/results/gpus.json (python -m bench.memory).
+names its module); what was measured beside it is in bench/results/gpus.json (python -m bench.memory). By it the doctor
+warns, and machine.shard_base: auto decides.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from stages.params import Lora, Params
 
 GIB = 2**30
 
-# Of stages/models, which import torch; tests/test_memory.py compares them.
+# Of modules beside this one, which import torch; tests/test_memory.py compares them.
 TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384}  # machine.py
 ROWS_PER_BATCH = {"cpu": 105, "cuda": 256}
 PROMPT_TOKENS = {"cpu": 8192}  # generate.py
@@ -52,6 +53,7 @@ FOUR_NORMS = ("gemma2", "gemma3_text", "gemma3n_text")  # to a layer; others hav
 QUERY_NORMS = ("gemma3_text", "gemma3n_text", "qwen3")
 TIED = ("gemma", "gemma2", "gemma3_text", "gemma3n_text")  # by their classes' default
 RECORDED = ("gemma", "gemma2", "gemma3_text", "llama")  # families.py: as a CUDA graph
+SHARDED = RECORDED  # families.py: layer by layer
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -179,11 +181,15 @@ class Held:
         return self.weights + self.adapters + passing + self.process
 
 
-def weights(model: Shape, dtype: str, quantize: str | None) -> float:
-    """Bytes of the base; quantize: on a GPU, of the language model's matrices (quantized.py)."""
+def weights(model: Shape, dtype: str, quantize: str | None, shares: int = 1) -> float:
+    """Bytes of the base; quantize: on a GPU, of the language model's matrices (quantized.py). With several shares, of
+    what one process holds: its part of the layers, two buffers, embedding and head; no image tower (sharded.py)."""
     size = SIZES[dtype]
-    packed = QUANTIZED_BYTES[quantize] if quantize else size
-    return (model.parameters - model.linear_parameters) * size + model.linear_parameters * packed
+    packed = model.linear_parameters * (QUANTIZED_BYTES[quantize] if quantize else size)
+    if shares > 1:
+        words = model.vocabulary * model.hidden * (1 if model.tied else 2)
+        return words * size + packed * (1 / shares + 2 / model.layers)
+    return (model.parameters - model.linear_parameters) * size + packed
 
 
 def pack_tokens(params: Params, device: str) -> int:
@@ -240,15 +246,16 @@ def training(
     longest: int,
     flash: bool = True,
     shared: bool = False,
+    shares: int = 1,
 ) -> Held:
     """What training holds with packs of at most `tokens` tokens, of rows of at most `longest`.
 
     flash: the GPU is one that flash attention knows; shared: rows share beginnings, whose keys a GPU lays out once for
-    each row (graphs.KEYS).
+    each row (graphs.KEYS); shares: over how many devices the base is shared out, where it is.
     """
     gpu = device == "cuda"
     fused = gpu and flash and dtype != "float32" and not model.capped and model.queries // model.heads <= 256
-    recorded = fused and model.kind in RECORDED
+    recorded = fused and model.kind in RECORDED and shares == 1
     tokens = recorded_size(tokens) if recorded else tokens
     own = adapter_parameters(model, lora)
     size = SIZES[dtype]
@@ -257,11 +264,14 @@ def training(
     )  # values, gradients, two moments; copies in the model's format
     if recorded:
         adapters += GRAPHS * 4 * own
-    activations = tokens * model.layers * layer_bytes(model, lora, dtype, fused, longest, shared)
+    layer = layer_bytes(model, lora, dtype, fused, longest, shared)
+    # layers that are computed again keep what goes into them
+    kept = model.layers * layer if shares == 1 else model.layers * model.hidden * size + layer
+    activations = tokens * kept
     activations += 2 * tokens * model.inner * size  # of the layer that is on its way back
     head = HEAD_TOKENS[device] * model.vocabulary * (size if gpu else size + 4)
     return Held(
-        weights=weights(model, dtype, lora.quantize if gpu else None),
+        weights=weights(model, dtype, lora.quantize if gpu or shares > 1 else None, shares),
         adapters=adapters,
         activations=activations,
         head=head,
@@ -271,8 +281,32 @@ def training(
     )
 
 
+def sharding(model: Shape, params: Params, device: str, dtype: str, flash: bool, devices: int, room: float) -> bool:
+    """Whether machine.shard_base shares the base out over `devices`; auto: on GPUs, where that can be, beside the whole
+    of it not even one row of encode.max_length fits into `room`, and beside a share of it one does."""
+    asked = params.machine.shard_base
+    if asked != "auto" or device != "cuda" or devices == 1:
+        return asked is True and devices > 1
+    if model.kind not in SHARDED or params.lora.of_whole_weights:
+        return False
+    longest = params.encode.max_length
+    whole, share = (
+        training(model, params.lora, device, dtype, longest, longest, flash, shares=shares).needed
+        for shares in (1, devices)
+    )
+    return whole > room >= share
+
+
 def most_tokens(
-    model: Shape, lora: Lora, device: str, dtype: str, longest: int, flash: bool, shared: bool, room: float
+    model: Shape,
+    lora: Lora,
+    device: str,
+    dtype: str,
+    longest: int,
+    flash: bool,
+    shared: bool,
+    room: float,
+    shares: int = 1,
 ) -> int | None:
     """The largest machine.tokens_per_pack, of 256 tokens and its doubles or one and a half of them, with which training
     needs no more than `room`; None where not even one row fits."""
@@ -280,7 +314,7 @@ def most_tokens(
     fit = [
         n
         for n in steps
-        if n >= longest and training(model, lora, device, dtype, n, longest, flash, shared).needed <= room
+        if n >= longest and training(model, lora, device, dtype, n, longest, flash, shared, shares).needed <= room
     ]
     return max(fit, default=None)
 
