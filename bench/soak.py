@@ -3,9 +3,9 @@
     python -m bench.soak [MODEL]            a shape of bench/train.py with random weights
 
 Rows are those of bench/train.py, their lengths lognormal and shuffled anew in each epoch, so that hardly two packs are
-of one size. On a GPU, MODEL is gemma3-270m unless named, packs are as large as stages/models/memory.py says the card takes, and
-a step has rows enough to fill one; on a CPU `tiniest`, with four rows a step, a quarter as long. Checkpoints are
-written as in any training.
+of one size. On a GPU, MODEL is gemma3-270m unless named, packs are as large as stages/models/memory.py says the card
+takes, and a step has rows enough to fill one; on a CPU `tiniest`, with four rows a step, a quarter as long. Checkpoints
+are written as in any training.
 
 Adds to `soak` in bench/results/reliability.json: `resident_gib`, what the process held after each of the steps that
 STEPS names, and on a GPU `allocated_gib` and `reserved_gib`, what PyTorch's tensors and its allocator held there;

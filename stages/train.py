@@ -526,8 +526,8 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
         sharded = any(ranks.of_all(shares_base(params, machine, base, ranks.count)))
         if sharded and params.train.metric == "score":
             raise Refusal(
-                "params.yaml: train.metric is score, but a base that devices share (machine.shard_base) answers nothing "
-                "while it trains; set it to loss"
+                "params.yaml: train.metric is score, but a base that devices share (machine.shard_base) answers "
+                "nothing while it trains; set it to loss"
             )
         read = [*tokens, *sorted(asked.iterdir())]
         decides = decisive(params, machine, base, read, ranks.count, sharded) if ranks.first_here else None

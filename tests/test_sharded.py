@@ -8,7 +8,7 @@ import pytest
 from stages.models import memory, sharded
 from stages.params import Params, load
 from tests import tiny_families
-from tests.conftest import ROOT
+from tests.conftest import CHAT, ROOT
 from tests.test_ranks import DRIVER, column_of, errors, run
 from tests.test_resume import Place, after, python  # noqa: F401 - a fixture
 from tests.test_train import curve
@@ -142,6 +142,7 @@ def test_what_was_begun_with_the_base_whole_is_not_gone_on_with(place):
     ("settings", "said"),
     [
         ({"devices": 1}, "machine.shard_base is true, and one device trains"),
+        ({**CHAT, "train.metric": "score"}, "train.metric is score, but a base that devices share"),
         ({"lora.method": "dora"}, "machine.shard_base true does not go with lora.method dora"),
         ({"lora.init": "pissa"}, "machine.shard_base true does not go with lora.init pissa"),
     ],
