@@ -223,7 +223,6 @@ class Trainer(SFTTrainer):
         with self._passes(passes, backward=False):
             measure = self.pod.row_losses if self.pod else functools.partial(row_losses, self.model.get_base_model())
             losses = measure(rows, self.tokens_per_pack)
-            losses = row_losses(self.model.get_base_model(), rows, self.tokens_per_pack)
         loss = mean_loss([loss for share in self.ranks.of_all(losses) for loss in share.values()])
         if not math.isfinite(loss):
             raise Refusal(f"step {self.state.global_step}: the validation loss is {loss}; {ADVICE}")

@@ -378,6 +378,7 @@ def test_each_score_that_the_readme_explains_has_a_meaning():
         "max_kl",
         "kept_step",
         "ended",
+        "validation_score",
     }
     named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     assert named - counts == set(card.MEANINGS)

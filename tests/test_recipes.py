@@ -227,7 +227,7 @@ def test_a_recipe_runs_from_download_to_report(name, server, tmp_path, monkeypat
 
     with Repo(str(tmp_path), uninitialized=True) as repo:
         commands = [stage.cmd.split() for stage in repo.index.stages]
-    assert len(commands) == 10
+    assert len(commands) == 11
     for _, _, module, *arguments in commands:
         importlib.import_module(module).main(arguments)
 

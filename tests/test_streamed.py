@@ -85,7 +85,7 @@ def test_no_more_than_a_layer_is_held_and_each_is_read_once(tiny_model):
 def test_what_fails_in_one_row_ends_all_and_is_what_is_raised(failing, tiny_model):
     model, read = streamable(tiny_model)
     rows = [dict(row) for row in ROWS]
-    rows[failing]["input_ids"] = [10**6]
+    rows[failing]["input_ids"] = [10**6] * len(rows[failing]["labels"])
     with pytest.raises(IndexError):
         in_step(model, read, [functools.partial(merge.answer_logits, model, row, "cpu") for row in rows])
     assert all(parameter.device.type == "meta" for parameter in model.parameters())

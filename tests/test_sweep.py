@@ -388,7 +388,7 @@ def test_never_two_on_one_gpu_and_on_a_cpu_one_at_a_time_unless_told_otherwise(
 
 @pytest.mark.parametrize(("key", "value"), [("devices", 2), ("shard_base", True)])
 def test_what_takes_several_gpus_is_refused_where_an_experiment_has_one(monkeypatch, key, value):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(sweep, "gpus_here", lambda: ["0", "1"])
     machine = load(ROOT / "params.yaml").machine.model_copy(update={"device": "cuda", key: value})
     with pytest.raises(Refusal, match=f"machine.{key} is .*an experiment has one GPU"):
         sweep.places(machine, None)

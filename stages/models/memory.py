@@ -13,7 +13,7 @@ from stages.params import Lora, Params
 GIB = 2**30
 
 # Of modules beside this one, which import torch; tests/test_memory.py compares them.
-TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384}  # machine.py
+TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384, "xla": 1024}  # machine.py
 ROWS_PER_BATCH = {"cpu": 105, "cuda": 256}
 PROMPT_TOKENS = {"cpu": 8192}  # generate.py
 HEAD_TOKENS = {"cpu": 128, "cuda": 2048}  # loss.py
