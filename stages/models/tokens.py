@@ -10,8 +10,14 @@ import pyarrow.parquet
 
 def read_rows(path: Path) -> list[dict]:
     """Every row's id, input_ids and labels (int32 [T] both, not to be written to) and prompt_tokens."""
+    own = pyarrow.default_memory_pool()
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # mimalloc keeps as much again for itself
+    try:
+        table = pyarrow.parquet.read_table(path)
+    finally:
+        pyarrow.set_memory_pool(own)
     rows = []
-    for batch in pyarrow.parquet.read_table(path).to_batches():
+    for batch in table.to_batches():
         columns = (_lists(batch.column(name)) for name in ("input_ids", "labels"))
         others = (batch.column(name).to_pylist() for name in ("id", "prompt_tokens"))
         for ids, labels, name, prompt_tokens in zip(*columns, *others, strict=True):
