@@ -208,12 +208,13 @@ def test_a_family_that_was_not_tried_is_refused(trained, tmp_path):  # noqa: F81
 
 def test_without_a_tpu_the_device_is_refused(params_file, tiny_model, tmp_path):
     params_file(tmp_path, **TPU)
+    (tmp_path / "asked").mkdir()
     for side in ("train", "validation"):
         write_tokens(tmp_path / f"{side}.parquet", 5, 0)
     clean = {name: value for name, value in os.environ.items() if name not in ("PJRT_DEVICE", "USE_TORCH_XLA")}
     command = [sys.executable, "-m", "stages.train", tiny_model, "train.parquet", "validation.parquet"]
     done = subprocess.run(
-        [*command, "adapter", "train.json", "loss.csv"],
+        [*command, "asked", "adapter", "train.json", "loss.csv"],
         cwd=tmp_path, env={**clean, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert done.returncode == 2
