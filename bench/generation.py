@@ -29,7 +29,7 @@ from transformers import (
     pipeline,
 )
 
-from stages.evaluate import stops_of
+from stages.answers import stops_of
 from stages.models import vllm_engine
 from stages.models.generate import attention_for_generation, generate
 from stages.models.load import load_model

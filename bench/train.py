@@ -150,6 +150,7 @@ def drawn(name: str, device: str, dtype: torch.dtype, quantize: str | None, rank
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(MODELS[name], dtype=dtype, attn_implementation=PACKED)
+    model.tie_weights()  # init_empty_weights has made two of one
     for path, buffer in list(model.named_buffers()):
         module, _, leaf = path.rpartition(".")
         model.get_submodule(module).register_buffer(leaf, buffer.to(device), persistent=False)

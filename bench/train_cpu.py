@@ -19,7 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import pyarrow.parquet
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -35,6 +34,7 @@ from stages.models.fused import fuse
 from stages.models.lora import add_adapters
 from stages.models.machine import resolve
 from stages.models.schedule import schedule
+from stages.models.tokens import read_rows
 from stages.outputs import write_json
 from stages.params import Params, load
 
@@ -151,7 +151,7 @@ VARIANTS = {
 def main(arguments: list[str]) -> None:
     if arguments[0] == "one":
         source = Path(arguments[1])
-        rows = pyarrow.parquet.read_table(source / "data/tokens/train.parquet").to_pylist()
+        rows = read_rows(source / "data/tokens/train.parquet")
         found = VARIANTS[arguments[2]](source / "models/base", load(source / "params.yaml"), rows)
         print("RESULT " + json.dumps(found))
         return

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -400,6 +401,21 @@ def test_a_gpu_that_full_packs_do_not_fit_on_is_told_which_do(top, monkeypatch):
     found = examined(**asked, **{"machine.tokens_per_pack": tokens})
     assert not any("training takes" in line for line in found.warnings)
     assert any(f"packs of {tokens} tokens" in line for line in found.facts)
+
+
+def test_what_answering_while_training_takes_beside_it_is_told(top, monkeypatch):
+    of_4b()
+    with_gpu(monkeypatch, 80)
+
+    def more(**asked) -> float | None:
+        found = examined(**{"machine.device": "auto", "train.metric": "score", **asked})
+        (line,) = [line for line in found.facts + found.warnings if "training takes" in line]
+        told = re.search(r"to answer beside it \(train.metric: score\) ([\d.]+) more", line)
+        return told and float(told[1])
+
+    assert more(**{"train.metric": "loss"}) is None
+    assert more() > 2 * more(**{"machine.rows_per_batch": 50}) > 0
+    assert more(**{"train.metric_rows": 50}) == more(**{"machine.rows_per_batch": 50})
 
 
 def test_a_gpu_that_others_use_is_told_so(top, monkeypatch):

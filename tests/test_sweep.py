@@ -394,6 +394,14 @@ def test_what_takes_several_gpus_is_refused_where_an_experiment_has_one(monkeypa
         sweep.places(machine, None)
 
 
+def test_tpus_train_one_experiment_at_a_time(monkeypatch):
+    monkeypatch.setattr(sweep, "gpus_here", lambda: ["0", "1"])
+    machine = load(ROOT / "params.yaml").machine.model_copy(update={"device": "xla"})
+    assert sweep.places(machine, None) == sweep.places(machine, 1) == [None]
+    with pytest.raises(Refusal, match="one training takes all TPU cores"):
+        sweep.places(machine, 2)
+
+
 # --- the page -----------------------------------------------------------------------------------------------------
 
 

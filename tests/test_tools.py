@@ -14,7 +14,7 @@ TYPED = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if "run(main)
 
 
 @pytest.mark.parametrize("name", TYPED)
-def test_every_tool_says_how_it_is_used_and_stands_in_the_readme(name, capsys):
+def test_every_tool_says_how_it_is_used_and_stands_in_the_list_of_what_is_where(name, capsys):
     main = importlib.import_module(f"tools.{name}").main
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
@@ -22,7 +22,7 @@ def test_every_tool_says_how_it_is_used_and_stands_in_the_readme(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--no-such-thing"])
     assert ended.value.code == 2 and "error: " in capsys.readouterr().err
-    assert f"{name}.py" in (ROOT / "README.md").read_text()
+    assert f"{name}.py" in (ROOT / "docs/code.md").read_text()
 
 
 def test_what_git_has_not_is_told_by_its_name_however_odd(tmp_path, monkeypatch):

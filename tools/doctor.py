@@ -42,7 +42,6 @@ except ModuleNotFoundError as missing:
 
 T = TypeVar("T")
 
-BASE, RAW, ADAPTER, MERGED = Path("models/base"), Path("data/raw"), Path("models/adapter"), Path("models/merged")
 ANSWER_SECONDS = 3.0  # how long a hub or an index is waited for
 ROWS = 20  # of the data, read through the task
 READ_BYTES = 64 << 20  # a .json file is read as a whole: a larger one takes too long
@@ -405,8 +404,18 @@ def check_memory(settings: Params, shape: memory.Shape, device: str, there: list
     where = there[0].name if device == "cuda" else "main memory"
     room = f"{where} has {free / GIB:.1f} GiB free of {total / GIB:.1f}"
     over = f" on each of {shares} devices that share the base" if sharded else ""
+    beside = ""
+    if settings.train.metric == "score":  # its keys and values, and the prompts' way through a layer
+        most = settings.machine.rows_per_batch
+        rows = min(memory.ROWS_PER_BATCH[device] if most == "auto" else most, settings.train.metric_rows)
+        machine = settings.machine.model_copy(update={"rows_per_batch": rows})
+        asked = settings.model_copy(update={"machine": machine})
+        more = memory.answering(shape, asked, device, dtype, longest)
+        more -= memory.weights(shape, dtype, None) + memory.PROCESS[device]
+        beside = f", and to answer beside it (train.metric: score) {more / GIB:.1f} more"
     line = (
-        f"training takes up to {held.needed / GIB:.1f} GiB{over} with packs of {tokens} tokens in {dtype}, and {room}"
+        f"training takes up to {held.needed / GIB:.1f} GiB{over} with packs of {tokens} tokens in {dtype}{beside}, "
+        f"and {room}"
     )
     smaller = "lora.quantize: nf4, " if device == "cuda" and lora.quantize is None else ""
     if settings.machine.shard_base is False and device == "cuda" and devices > 1:

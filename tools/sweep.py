@@ -80,6 +80,10 @@ def say(line: str) -> None:
 
 def places(machine: Machine, jobs: int | None) -> list[str | None]:
     """Where a process may run: the GPUs, as CUDA_VISIBLE_DEVICES names them; on a CPU None, once for each process."""
+    if machine.device == "xla":
+        if jobs and jobs > 1:
+            raise Refusal(f"--jobs {jobs}: machine.device is xla, and one training takes all TPU cores of a machine")
+        return [None]
     found = [] if machine.device == "cpu" else gpus_here()
     if machine.device == "cuda" and not found:
         raise Refusal("params.yaml: machine.device is cuda, but there is no GPU here; set it to auto")
