@@ -1,10 +1,11 @@
 """A model and prompts in; its answers out, each as far as the task reads it."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.models.generate import Answer, attention_for_generation, generate
 from stages.models.machine import Resolved
@@ -21,8 +22,13 @@ def completeness(folder: Path, params: Params) -> Callable[[list[int]], bool]:
     task = importlib.import_module(f"stages.tasks.{params.task.name}")
     if not hasattr(task, "complete"):
         return lambda tokens: False
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = _tokenizer(folder)
     return lambda tokens: task.complete(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+@functools.cache  # opening it takes a second, and a model in training answers again and again
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def answer(

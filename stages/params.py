@@ -143,8 +143,8 @@ class Lora(Section):
     def of_whole_weights(self) -> str | None:
         """The setting that reads or changes a weight as a whole, beside its layer's product; None where none does."""
         if self.method == "dora":
-            return "method dora"
-        return f"init {self.init}" if self.init in ("pissa", "olora") else None
+            return "method: dora"
+        return f"init: {self.init}" if self.init in ("pissa", "olora") else None
 
     @model_validator(mode="after")
     def _together(self):
@@ -235,9 +235,32 @@ def load(path: Path = Path("params.yaml")) -> Params:
         raise Refusal(f"{path}: {_sentence(error, (), values)}") from None
     if params.prepare.validation + params.prepare.test >= 1:
         raise Refusal(f"{path}: prepare.validation + prepare.test is 1 or more and leaves no training rows; lower one")
-    if params.machine.shard_base is True and (whole := params.lora.of_whole_weights):
-        raise Refusal(f"{path}: machine.shard_base true does not go with lora.{whole}; set it to false")
+    for setting, others in _apart(params).items():
+        for name, asked in others.items():
+            if asked:
+                raise Refusal(f"{path}: {setting} does not go with {name}; leave one of them out")
     return params
+
+
+def _apart(params: Params) -> dict[str, dict[str, Any]]:
+    """A setting that is made, and those elsewhere in the file that it does not go with: which of them are made."""
+    lora, train, machine = params.lora, params.train, params.machine
+    found: dict[str, dict[str, Any]] = {}
+    if machine.shard_base is True:
+        found["machine.shard_base: true"] = {
+            f"lora.{lora.of_whole_weights}": lora.of_whole_weights,
+            "train.metric: score, since a base in shares answers nothing": train.metric == "score",
+        }
+    if machine.device == "xla":
+        found["machine.device: xla"] = {
+            "train.optimizer: adamw_8bit": train.optimizer == "adamw_8bit",
+            "train.metric: score": train.metric == "score",
+            "lora.trainable_tokens": lora.trainable_tokens,
+            "lora.modules_to_save": lora.modules_to_save,
+            "machine.devices other than auto: it takes all TPU cores of one machine": machine.devices != "auto",
+            "machine.rendezvous: it takes all TPU cores of one machine": machine.rendezvous,
+        }
+    return found
 
 
 def _values(path: Path) -> Any:

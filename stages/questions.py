@@ -4,7 +4,6 @@ import importlib
 import json
 from pathlib import Path
 
-import pyarrow.parquet
 from transformers import AutoTokenizer, PreTrainedModel
 
 from stages import conversation
@@ -18,16 +17,16 @@ from stages.refusal import Refusal
 class Questions:
     """The validation rows that a model answers, again and again."""
 
-    def __init__(self, folder: Path, tokens: Path, base: Path, params: Params, machine: Resolved):
-        """folder: what the validation stage has made; tokens: the encoded validation rows."""
+    def __init__(self, folder: Path, validation_rows: list[dict], base: Path, params: Params, machine: Resolved):
+        """folder: what the validation stage has made; validation_rows: as tokens.read_rows gives them."""
         self.folder, self.base, self.params, self.machine = folder, base, params, machine
-        encoded = {row["id"]: row for row in pyarrow.parquet.read_table(tokens).to_pylist()}
+        encoded = {row["id"]: row for row in validation_rows}
         self.rows, self.prompts = [], []
         for row in conversation.read(folder / "rows.jsonl"):
             found = encoded.get(row.id)
             if found and found["prompt_tokens"] <= len(found["input_ids"]):  # else encode has cut into the prompt
                 self.rows.append(row)
-                self.prompts.append(found["input_ids"][: found["prompt_tokens"]])
+                self.prompts.append(found["input_ids"][: found["prompt_tokens"]].tolist())
         if not self.rows:
             raise Refusal("params.yaml: train.metric is score, but no validation row is whole; raise encode.max_length")
         self.tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)

@@ -448,6 +448,7 @@ def decisive(
             params.machine.dtype,
             params.machine.deterministic,
             machine.tokens_per_pack,
+            machine.rows_per_batch if params.train.metric == "score" else None,
             processes,
             sharded,
         ],
@@ -487,25 +488,11 @@ def worth_going_on_from(run: Run) -> Checkpoint | None:
     return saved
 
 
-def refuse_on_tpus(params: Params) -> None:
-    """What training does on other devices alone."""
-    for name, asked in (
-        ("train.optimizer: adamw_8bit", params.train.optimizer == "adamw_8bit"),
-        ("train.metric: score", params.train.metric == "score"),
-        ("lora.trainable_tokens", params.lora.trainable_tokens),
-        ("lora.modules_to_save", params.lora.modules_to_save),
-    ):
-        if asked:
-            raise Refusal(f"params.yaml: machine.device is xla, where {name} does not work; leave one of them out")
-
-
 def main(arguments: list[str]) -> None:
     params = load()
     refuse_missing(params.machine.report_to)
     began = time.monotonic()
     machine = resolve_training(params.machine)
-    if machine.device == "xla":
-        refuse_on_tpus(params)
     machines = Machines.found(params.machine.rendezvous)
     devices = machine.devices[: math.ceil(params.train.batch_size / machines.count)]  # a row each, at least
     if len(devices) * machines.count == 1:
@@ -556,7 +543,7 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
                 refuse_without_room(run.folder, max(0, wanted - there))
         score = None
         if params.train.metric == "score":
-            questions, answering = Questions(asked, validation_tokens, base, params, machine), twin(model)
+            questions, answering = Questions(asked, validation_rows, base, params, machine), twin(model)
             score = lambda: questions.score(answering, ranks)  # noqa: E731
         if machine.device != "xla":  # whose compiler fuses by itself, and lacks some of those functions
             fuse(model)

@@ -1,6 +1,7 @@
 """params.yaml: what is sound arrives typed, and each way to get it wrong is one line that names the key."""
 
 import itertools
+import re
 import subprocess
 import sys
 import time
@@ -174,3 +175,25 @@ def test_tokens_are_not_trained_of_what_is_trained_whole(params_file, tmp_path):
         load(params_file(tmp_path, **both))
     for key, value in both.items():
         load(params_file(tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "other", "said"),
+    [
+        ({"machine.device": "xla"}, {"machine.devices": 2}, "machine.devices other than auto"),
+        ({"machine.device": "xla"}, {"machine.rendezvous": "10.0.0.1:29500"}, "machine.rendezvous"),
+        ({"machine.device": "xla"}, {"train.optimizer": "adamw_8bit"}, "train.optimizer: adamw_8bit"),
+        ({"machine.device": "xla"}, {"train.metric": "score"}, "train.metric: score"),
+        ({"machine.device": "xla"}, {"lora.trainable_tokens": ["<bos>"]}, "lora.trainable_tokens"),
+        ({"machine.device": "xla"}, {"lora.modules_to_save": ["lm_head"]}, "lora.modules_to_save"),
+        ({"machine.shard_base": True}, {"train.metric": "score"}, "train.metric: score"),
+        ({"machine.shard_base": True}, {"lora.init": "olora"}, "lora.init: olora"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together_are_refused_before_any_stage(setting, other, said, params_file, tmp_path):
+    alone = {"machine.devices": "auto"}
+    load(params_file(tmp_path, **alone, **setting))
+    ((name, value),) = setting.items()
+    with pytest.raises(Refusal, match=re.escape(f"{name}: {str(value).lower()} does not go with {said}")):
+        load(params_file(tmp_path, **(alone | setting | other)))

@@ -142,9 +142,9 @@ def test_what_was_begun_with_the_base_whole_is_not_gone_on_with(place):
     ("settings", "said"),
     [
         ({"devices": 1}, "machine.shard_base is true, and one device trains"),
-        ({**CHAT, "train.metric": "score"}, "train.metric is score, but a base that devices share"),
-        ({"lora.method": "dora"}, "machine.shard_base true does not go with lora.method dora"),
-        ({"lora.init": "pissa"}, "machine.shard_base true does not go with lora.init pissa"),
+        ({**CHAT, "train.metric": "score"}, "machine.shard_base: true does not go with train.metric: score"),
+        ({"lora.method": "dora"}, "machine.shard_base: true does not go with lora.method: dora"),
+        ({"lora.init": "pissa"}, "machine.shard_base: true does not go with lora.init: pissa"),
     ],
     ids=str,
 )

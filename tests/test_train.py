@@ -25,6 +25,7 @@ from stages.models.lora import add_adapters, load_adapter
 from stages.models.machine import resolve
 from stages.models.packs import IGNORED, pack
 from stages.models.ranks import ALONE
+from stages.models.tokens import read_rows
 from stages.params import Lora, load
 from stages.questions import Questions
 from stages.refusal import SPARE_BYTES, Refusal
@@ -384,7 +385,8 @@ def score_of_what_was_saved(folder, base) -> float:
     """By the code that evaluates the merged model, on the adapter."""
     model = load_adapter(load_model(base, "cpu", torch.float32), folder / "adapter").get_base_model().eval()
     params = load(folder / "params.yaml")
-    questions = Questions(folder / "asked", folder.parent / "validation.parquet", base, params, resolve(params.machine))
+    rows = read_rows(folder.parent / "validation.parquet")
+    questions = Questions(folder / "asked", rows, base, params, resolve(params.machine))
     return questions.score(model, ALONE)
 
 
@@ -447,7 +449,7 @@ def test_a_validation_row_whose_prompt_was_cut_is_not_asked_and_none_at_all_is_r
 
     def questions():
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, SCHEMA), tokens)
-        return Questions(folder / "asked", tokens, tiny_model, params, resolve(params.machine))
+        return Questions(folder / "asked", read_rows(tokens), tiny_model, params, resolve(params.machine))
 
     rows[1]["input_ids"] = rows[1]["input_ids"][: rows[1]["prompt_tokens"] - 1]
     assert [row.id for row in questions().rows] == ["row0", "row2", "row3", "row4"]

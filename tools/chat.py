@@ -30,10 +30,10 @@ from stages.models.lora import load_adapter
 from stages.models.machine import resolve
 from stages.params import Params, load
 from stages.refusal import Refusal, run
+from tools.repository import ADAPTER, BASE, MERGED
 
 MODELS = ("base", "adapter", "tuned")
-FOLDERS = {"base": Path("models/base"), "adapter": Path("models/base"), "tuned": Path("models/merged")}
-ADAPTER = Path("models/adapter")
+FOLDERS = {"base": BASE, "adapter": BASE, "tuned": MERGED}
 TEST_ROWS = Path("data/conversations/test.jsonl")
 
 

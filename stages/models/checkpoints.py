@@ -34,6 +34,8 @@ MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
 CODE = Path(__file__).parent.parent
 # What libraries read from the environment that changes how sums are rounded.
 ROUNDING = ("ATEN_", "CUBLAS", "CUDNN", "DNNL", "KMP_", "MKL_", "NVIDIA_TF32", "OMP_", "ONEDNN", "PYTORCH_", "TORCH")
+# The same of torch-xla, and what tells it how many devices there are.
+ROUNDING += ("CPU_NUM_DEVICES", "LIBTPU", "PJRT_", "TPU_", "XLA_")
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,14 @@ def compile_pieces(model: PreTrainedModel) -> None:
             module.forward = types.MethodType(any_length(type(module).forward), module)
     modeling = sys.modules[type(model).__module__]
     rotary = getattr(modeling, "apply_rotary_pos_emb", None)
-    if rotary is not None and rotary.__module__ != any_length.__module__:
-        modeling.apply_rotary_pos_emb = any_length(rotary)
+    if rotary is not None and rotary.__module__ != __name__:
+        compiled = any_length(rotary)
+
+        # the module's function is also that of models that answer meanwhile (lora.twin), whose shapes are others
+        def apply_rotary_pos_emb(*arguments, **options):
+            return (rotary if torch.is_inference_mode_enabled() else compiled)(*arguments, **options)
+
+        modeling.apply_rotary_pos_emb = apply_rotary_pos_emb
 
 
 class _Decoder(nn.Module):

@@ -41,11 +41,6 @@ def resolve_training(machine: Machine) -> Resolved:
             "params.yaml: machine.device is xla, but torch-xla is not installed here: make install-tpu, and run it all "
             "from .venv-tpu"
         )
-    if machine.devices != "auto" or machine.rendezvous:
-        raise Refusal(
-            "params.yaml: machine.device is xla, which takes all TPU cores of one machine; set machine.devices to auto "
-            "and machine.rendezvous to null"
-        )
     dtype = torch.bfloat16 if machine.dtype == "auto" else getattr(torch, machine.dtype)
     tokens = TOKENS_PER_PACK["xla"] if machine.tokens_per_pack == "auto" else machine.tokens_per_pack
     return Resolved("xla", ("xla",), dtype, tokens, rows_per_batch=0, engine=machine.engine)

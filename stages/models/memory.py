@@ -209,7 +209,7 @@ def recorded_size(tokens: int) -> int:
 def layer_bytes(model: Shape, lora: Lora, dtype: str, fused_gpu: bool, longest: int, shared: bool) -> float:
     """What one token of a row of `longest` leaves behind in one layer for the way back.
 
-    fused_gpu: norms, rotary embedding and gate are compiled, and attention is one flash kernel (graphs.py, lora.py,
+    fused_gpu: norms, rotary embedding and gate are compiled, and attention is one flash kernel (graphs.py, fused.py,
     attention.py); otherwise norms and attention keep copies in float32, and the gate keeps all its steps.
     """
     b, h, i, q, k = SIZES[dtype], model.hidden, model.inner, model.queries, model.keys

@@ -159,7 +159,7 @@ class Ranks:
             if differ:
                 raise Refusal(
                     f"machine {number} does not train what machine 0 trains: {differ} differ; bring params.yaml, code, "
-                    "models/base, data/tokens and installed packages of the first to the others"
+                    "models/base, data/tokens, data/validation and installed packages of the first to the others"
                 )
 
 

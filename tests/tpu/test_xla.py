@@ -196,7 +196,7 @@ def test_the_recipe_runs_from_download_to_report(server, tmp_path, monkeypatch):
     ],
 )
 def test_what_tpus_do_not_train_is_refused(trained, name, value):  # noqa: F811
-    with pytest.raises(Refusal, match=f"machine.device is xla, where {name}"):
+    with pytest.raises(Refusal, match=f"machine.device: xla does not go with {name}"):
         trained("run", **TPU, **{name: value})
 
 
