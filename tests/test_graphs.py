@@ -28,11 +28,11 @@ def rows(count: int, shared: int, chance: random.Random) -> list[dict]:
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
-@pytest.mark.parametrize("shared", [0, 60])
+@pytest.mark.parametrize("shared", [(0, 0), (60, 60), (0, 60), (60, 0)], ids=str)
 def test_several_packs_of_one_size_give_the_gradients_of_the_unrecorded_pass(tiny_model, shared, quantize):
     lora = Lora(**LORA | {"quantize": quantize})
     chance = random.Random(0)
-    packs = [pack(rows(6, shared, chance), 10_000)[0] for _ in range(4)]
+    packs = [pack(rows(6, count, chance), 10_000)[0] for count in shared * 2]
     found = []
     for recording in (False, True):
         base = load_model(tiny_model, "cuda", torch.bfloat16, quantize=quantize)
@@ -42,7 +42,7 @@ def test_several_packs_of_one_size_give_the_gradients_of_the_unrecorded_pass(tin
                 torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator("cuda").manual_seed(0))
         fuse(model)
         own_gradients(model)
-        recorded = Graphs(base, rows(6, shared, random.Random(0))).hidden if recording else lambda piece: None
+        recorded = Graphs(base, rows(6, shared[0], random.Random(0))).hidden if recording else lambda piece: None
         losses = []
         for piece in packs:
             loss = pack_loss(base, piece, recorded)

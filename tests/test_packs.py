@@ -261,6 +261,17 @@ def test_a_pack_padded_to_a_fixed_size_gives_the_same_hidden_states(monkeypatch)
         torch.testing.assert_close(found, packed_logits(model, piece, slice(None)), rtol=1e-4, atol=1e-5)
 
 
+def test_a_pack_says_that_it_shares_exactly_where_there_are_keys_to_gather():
+    """By which graphs.py knows the tensors of one recorded pass from those of another."""
+    apart = [{**row, "input_ids": [number, *row["input_ids"]]} for number, row in enumerate(rows())]
+    apart = [{**row, "labels": [IGNORED, *row["labels"]]} for row in apart]
+    for given, shares in ((apart, False), (rows(), True)):
+        (piece,) = pack(given, 10_000)
+        assert len(piece.segments) > 2
+        assert any(segment.shared_end for segment in piece.segments) is shares
+        assert (sight(piece.segments).index is not None) is shares
+
+
 class _Leave(torch.autograd.Function):
     """The keys as they are, and a gradient that is not a number for those that no segment sees: the GPU's kernel
     leaves that memory as it finds it."""

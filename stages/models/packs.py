@@ -204,7 +204,7 @@ def _lay(members: list[Tree]) -> Pack:
     rows: list[tuple[str, int, int]] = []
     end = 0
     for tree in members:
-        shared = (end, end + tree.shared)
+        shared = (end, end + tree.shared) if tree.shared else (0, 0)
         if tree.shared:
             ids[slice(*shared)] = tree.rows[0]["input_ids"][: tree.shared]
             positions[slice(*shared)] = np.arange(tree.shared)
