@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from bitsandbytes.nn import Int8Params, Linear8bitLt
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
 from peft.utils.integrations import dequantize_bnb_weight
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -12,7 +12,7 @@ from stages.models.fused import _FusedLora, _WideLora, fuse
 from stages.models.load import load_model, pack_loss
 from stages.models.lora import add_adapters
 from stages.models.packs import IGNORED, pack
-from stages.models.quantized import dense, kept_values, multiply_restored, packing
+from stages.models.quantized import dense, kept_values, multiply_restored, packing, restore_scales
 from stages.params import Lora
 from tests.conftest import LORA
 
@@ -21,11 +21,23 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def by_transformers(folder, dtype: torch.dtype):
+def by_transformers(folder, dtype: torch.dtype, quantize: str = "int8"):
     """The model with the weights that a GPU would hold: bitsandbytes packs on a CPU too."""
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=packing(AutoConfig.from_pretrained(folder), "int8", dtype)
+        folder, dtype=dtype, quantization_config=packing(AutoConfig.from_pretrained(folder), quantize, dtype)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scales_that_are_restored_once_give_the_weights_that_those_restored_each_time_give(tiny_model, dtype):
+    model = by_transformers(tiny_model, dtype, "nf4")
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    before = [dense(layer.weight, dtype) for layer in layers]
+    assert layers and all(layer.weight.quant_state.nested for layer in layers)
+    restore_scales(model)
+    assert not any(layer.weight.quant_state.nested for layer in layers)
+    for layer, weight in zip(layers, before, strict=True):
+        assert torch.equal(dense(layer.weight, dtype), weight)
 
 
 @pytest.mark.parametrize("shape", [(330, 128), (200, 64), (1, 7)])

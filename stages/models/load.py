@@ -15,7 +15,7 @@ from stages.models.attention import PACKED, takes_flash
 from stages.models.families import FAMILIES
 from stages.models.loss import head_loss
 from stages.models.packs import IGNORED, SHARED_AT_LEAST, Pack, moved, pack
-from stages.models.quantized import multiply_restored, packing, round_weights
+from stages.models.quantized import multiply_restored, packing, restore_scales, round_weights
 from stages.refusal import Refusal
 
 logging.set_verbosity_error()
@@ -29,7 +29,7 @@ def load_model(
     and no code of the folder is run.
 
     quantize: "nf4" or "int8" lets the language model's linear layers, the head apart, hold the values that are kept of
-    them in so few bits: on a GPU packed, in 4.1 or 8 bits each, restored layer by layer; on a CPU, which has the room
+    them in so few bits: on a GPU packed, in 4.5 or 8 bits each, restored layer by layer; on a CPU, which has the room
     and not the speed, restored once.
 
     Raises Refusal where the model is of a family that no test has tried and packed rows are not right in it.
@@ -49,6 +49,7 @@ def load_model(
         )
     if packed:
         multiply_restored(model)
+        restore_scales(model)
     elif quantize:
         round_weights(model, quantize)
     if attention == PACKED and device != "meta" and config.model_type not in FAMILIES:

@@ -20,8 +20,10 @@ HEAD_TOKENS = {"cpu": 128, "cuda": 2048}  # loss.py
 ROOM = 128  # generate.RoomyLayer
 GRAPHS, KEYS = 12, 4  # graphs.py: MOST, KEYS
 
-# a weight's; nf4: 4 bits, and of the scales of each 64 weights 8 bits and a 256th of 32; int8's scales are one a row
-QUANTIZED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
+# a weight's; nf4: 4 bits, and for each 64 weights a scale of 32; int8's scales are one a row
+QUANTIZED_BYTES = {"nf4": 4.5 / 8, "int8": 1.0}
+# where several processes share it: the scales stay quantized, 8 bits and a 256th of 32
+SHARED_BYTES = QUANTIZED_BYTES | {"nf4": 4.127 / 8}
 # What the process holds before any weights: Python, torch and what comes with it; on a GPU the context of CUDA and the
 # workspaces of its libraries, which PyTorch does not count among its own.
 PROCESS = {"cpu": 0.75 * GIB, "cuda": 0.8 * GIB}
@@ -185,7 +187,8 @@ def weights(model: Shape, dtype: str, quantize: str | None, shares: int = 1) -> 
     """Bytes of the base; quantize: on a GPU, of the language model's matrices (quantized.py). With several shares, of
     what one process holds: its part of the layers, two buffers, embedding and head; no image tower (sharded.py)."""
     size = SIZES[dtype]
-    packed = model.linear_parameters * (QUANTIZED_BYTES[quantize] if quantize else size)
+    quantized = SHARED_BYTES if shares > 1 else QUANTIZED_BYTES
+    packed = model.linear_parameters * (quantized[quantize] if quantize else size)
     if shares > 1:
         words = model.vocabulary * model.hidden * (1 if model.tied else 2)
         return words * size + packed * (1 / shares + 2 / model.layers)
