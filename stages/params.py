@@ -238,7 +238,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
     for setting, others in _apart(params).items():
         for name, asked in others.items():
             if asked:
-                raise Refusal(f"{path}: {setting} does not go with {name}; leave one of them out")
+                raise Refusal(f"{path}: {setting} does not go with {name}; set one of them otherwise")
     return params
 
 
@@ -247,8 +247,9 @@ def _apart(params: Params) -> dict[str, dict[str, Any]]:
     lora, train, machine = params.lora, params.train, params.machine
     found: dict[str, dict[str, Any]] = {}
     if machine.shard_base is True:
+        whole = lora.of_whole_weights
         found["machine.shard_base: true"] = {
-            f"lora.{lora.of_whole_weights}": lora.of_whole_weights,
+            f"lora.{whole}": whole is not None,
             "train.metric: score, since a base in shares answers nothing": train.metric == "score",
         }
     if machine.device == "xla":

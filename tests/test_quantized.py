@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stages.models.families import adaptable
 from stages.models.fused import _FusedLora, _WideLora, fuse
 from stages.models.load import load_model, pack_loss
-from stages.models.lora import add_adapters
+from stages.models.lora import add_adapters, twin
 from stages.models.packs import IGNORED, pack
 from stages.models.quantized import dense, kept_values, multiply_restored, packing, restore_scales
 from stages.params import Lora
@@ -38,6 +38,17 @@ def test_scales_that_are_restored_once_give_the_weights_that_those_restored_each
     assert not any(layer.weight.quant_state.nested for layer in layers)
     for layer, weight in zip(layers, before, strict=True):
         assert torch.equal(dense(layer.weight, dtype), weight)
+
+
+def test_a_model_that_answers_while_it_trains_has_no_second_copy_of_nf4s_scales(tiny_model):
+    model = by_transformers(tiny_model, torch.float32, "nf4")
+    restore_scales(model)
+    model = add_adapters(model, Lora(**LORA | {"quantize": "nf4"}), seed=0)
+    pairs = zip(model.get_base_model().modules(), twin(model).modules(), strict=True)
+    pairs = [(one, other) for one, other in pairs if isinstance(one, Linear4bit)]
+    assert pairs
+    for one, other in pairs:
+        assert one is not other and one.weight is other.weight and one.quant_state is other.quant_state
 
 
 @pytest.mark.parametrize("shape", [(330, 128), (200, 64), (1, 7)])

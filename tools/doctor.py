@@ -46,7 +46,6 @@ ANSWER_SECONDS = 3.0  # how long a hub or an index is waited for
 ROWS = 20  # of the data, read through the task
 READ_BYTES = 64 << 20  # a .json file is read as a whole: a larger one takes too long
 UNPACKED = 4  # times a GGUF file's size that its weights take in 16 bits; 4.5 bits each is the least that is opened
-ERROR = 0.15  # of stages.models.memory's figures (bench/results/gpus.json)
 GIB = memory.GIB
 
 
@@ -397,6 +396,9 @@ def check_memory(settings: Params, shape: memory.Shape, device: str, there: list
         found.problems.append("params.yaml: machine.shard_base is true, and one device trains; set it to auto")
     sharded = memory.sharding(shape, settings, device, formats[0], flash, devices, total)
     shares = devices if sharded else 1
+    if device == "cuda":
+        most = memory.gpu_tokens_per_pack(shape, settings, formats[0], flash, total, shares)
+        tokens = min(tokens, max(longest, most))
     by_format = {
         dtype: memory.training(shape, lora, device, dtype, tokens, longest, flash, shared, shares) for dtype in formats
     }
@@ -420,9 +422,10 @@ def check_memory(settings: Params, shape: memory.Shape, device: str, there: list
     smaller = "lora.quantize: nf4, " if device == "cuda" and lora.quantize is None else ""
     if settings.machine.shard_base is False and device == "cuda" and devices > 1:
         smaller = f"machine.shard_base: auto, {smaller}"
-    fits = memory.most_tokens(shape, lora, device, dtype, longest, flash, shared, total, shares)
+    safely = (1 - memory.ERROR) * total
+    fits = memory.most_tokens(shape, lora, device, dtype, longest, flash, shared, safely, shares)
     bare = held.weights + held.adapters + held.process
-    if bare * (1 - ERROR) > total and not ADAPTER.exists():
+    if bare * (1 - memory.ERROR) > total and not ADAPTER.exists():
         found.problems.append(
             f"memory: training takes {bare / GIB:.1f} GiB{over} before the first token, and {room}; set {smaller}"
             "model.fetch to a smaller model, or take a larger machine"

@@ -20,6 +20,7 @@ HEAD_TOKENS = {"cpu": 128, "cuda": 2048}  # loss.py
 ROOM = 128  # generate.RoomyLayer
 GRAPHS, KEYS = 12, 4  # graphs.py: MOST, KEYS
 
+ERROR = 0.15  # of what is estimated here, at most (bench/results/gpus.json)
 # a weight's; nf4: 4 bits, and for each 64 weights a scale of 32; int8's scales are one a row
 QUANTIZED_BYTES = {"nf4": 4.5 / 8, "int8": 1.0}
 # where several processes share it: the scales stay quantized, 8 bits and a 256th of 32
@@ -320,6 +321,20 @@ def most_tokens(
         if n >= longest and training(model, lora, device, dtype, n, longest, flash, shared, shares).needed <= room
     ]
     return max(fit, default=None)
+
+
+def gpu_tokens_per_pack(
+    model: Shape | None, params: Params, dtype: str, flash: bool, room: float, shares: int = 1
+) -> int:
+    """machine.tokens_per_pack on a GPU of so much `room`; auto: TOKENS_PER_PACK, or fewer where only fewer fit, the
+    estimate's error allowed for; a row at least."""
+    asked = params.machine.tokens_per_pack
+    if asked != "auto" or model is None:
+        return TOKENS_PER_PACK["cuda"] if asked == "auto" else asked
+    longest, shared = params.encode.max_length, params.train.order == "shared"
+    room *= 1 - ERROR
+    fit = most_tokens(model, params.lora, "cuda", dtype, longest, flash, shared, room, shares)
+    return min(TOKENS_PER_PACK["cuda"], fit or longest)
 
 
 def merging(model: Shape, params: Params, dtype: str) -> float:
