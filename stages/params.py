@@ -91,6 +91,7 @@ Task = Annotated[Section, _from_module("tasks", "name", "Options"), PlainSeriali
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Quantize = Literal["nf4", "nf4-single", "int8"]
 
 
 def _size(text: str) -> str:
@@ -135,7 +136,7 @@ class Lora(Section):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
     method: Literal["lora", "rslora", "dora"]
     init: Literal["default", "gaussian", "pissa", "olora"]
-    quantize: Literal["nf4", "int8"] | None
+    quantize: Quantize | None
     trainable_tokens: list[str]
     modules_to_save: list[Literal["embed_tokens", "lm_head"]]
 

@@ -22,8 +22,8 @@ GRAPHS, KEYS = 12, 4  # graphs.py: MOST, KEYS
 
 ERROR = 0.15  # of what is estimated here, at most (bench/results/gpus.json)
 # a weight's; nf4: 4 bits, and for each 64 weights a scale of 32; int8's scales are one a row
-QUANTIZED_BYTES = {"nf4": 4.5 / 8, "int8": 1.0}
-# where several processes share it: the scales stay quantized, 8 bits and a 256th of 32
+QUANTIZED_BYTES = {"nf4": 4.5 / 8, "nf4-single": 4.5 / 8, "int8": 1.0}
+# where several processes share it: nf4's scales stay quantized, 8 bits and a 256th of 32
 SHARED_BYTES = QUANTIZED_BYTES | {"nf4": 4.127 / 8}
 # What the process holds before any weights: Python, torch and what comes with it; on a GPU the context of CUDA and the
 # workspaces of its libraries, which PyTorch does not count among its own.
