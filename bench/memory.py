@@ -140,7 +140,7 @@ def earlier() -> list[dict]:
         if not run["variant"].startswith("ours"):
             continue
         made = bench.rows(bench.ROWS_A_STEP * (bench.WARM + bench.MEASURED), bench.MODELS[run["model"]].vocab_size)
-        asked = 24576 if run["variant"] == "ours-larger-packs" else memory.TOKENS_PER_PACK["cuda"]
+        asked = bench.TOKENS_PER_PACK.get(run["variant"], memory.TOKENS_PER_PACK["cuda"])
         steps = train.schedule(made, bench.ROWS_A_STEP, 1.0, 0, "shuffled")
         packs = [piece for step in steps for piece in pack([made[i] for i in step], asked)]
         found.append(

@@ -89,7 +89,8 @@ def test_the_estimate_is_near_what_training_was_seen_to_take(run):
     assert abs(bench.judged(run)["error"]) <= GUESSED
 
 
-def test_what_a_layer_keeps_for_the_way_back_is_what_autograd_keeps(tmp_path):
+@pytest.mark.parametrize("changed", [{}, {"dropout": 0.1}], ids=str)
+def test_what_a_layer_keeps_for_the_way_back_is_what_autograd_keeps(tmp_path, changed):
     """On a CPU, in a model wide enough that what is left out counts for little."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -97,7 +98,7 @@ def test_what_a_layer_keeps_for_the_way_back_is_what_autograd_keeps(tmp_path):
 
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=512, num_hidden_layers=4, **sizes)).save_pretrained(tmp_path)
-    model = add_adapters(load_model(tmp_path, "cpu", torch.float32), lora(r=8), 0)
+    model = add_adapters(load_model(tmp_path, "cpu", torch.float32), lora(r=8, **changed), 0).train()
     fuse(model)
     rows = [{"id": str(n), "input_ids": [n + 1] * 64, "labels": [1] * 64} for n in range(4)]
     (piece,) = pack(rows, 256)
@@ -116,7 +117,7 @@ def test_what_a_layer_keeps_for_the_way_back_is_what_autograd_keeps(tmp_path):
         ).last_hidden_state  # fmt: skip
     assert hidden.requires_grad
     shape = shape_of(tmp_path)
-    expected = 256 * shape.layers * memory.layer_bytes(shape, lora(r=8), "float32", False, 64, False)
+    expected = 256 * shape.layers * memory.layer_bytes(shape, lora(r=8, **changed), "float32", False, 64, False)
     assert expected == pytest.approx(sum(kept.values()), rel=GUESSED)
 
 

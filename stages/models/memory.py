@@ -234,10 +234,10 @@ def layer_bytes(model: Shape, lora: Lora, dtype: str, fused_gpu: bool, longest: 
         if model.capped:  # _softcapped's bounded scores and softmax, of each query with each key of its row
             kept += model.heads * longest * (4 + 2 * b)
     kept += b * i * (2 if fused_gpu else 3) + (b * i if "down_proj" in own or not fused_gpu else 0)
-    if lora.dropout or lora.method == "dora":  # PEFT's forward: each adapter a float32 copy of what goes in, and a mask
-        kept += sum((4 + bool(lora.dropout)) * a for a, _ in own.values())
-        if lora.method == "dora":
-            kept += sum(2 * b * out for _, out in own.values())
+    if lora.dropout:  # of each element that goes into an adapter, whether it is kept
+        kept += sum(a for a, _ in own.values())
+    if lora.method == "dora":  # PEFT's forward: each adapter a float32 copy of what goes in
+        kept += sum(4 * a + 2 * b * out for a, out in own.values())
     return kept + b * lora.r * len(own)
 
 
