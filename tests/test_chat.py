@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.conversation import Message, conversation
 from stages.models.load import load_model
-from stages.models.lora import add_adapters, save_adapter
+from stages.models.lora import add_adapters, load_adapter, save_adapter
 from stages.params import Lora
 from stages.refusal import Refusal
 from tools import chat
@@ -75,6 +75,36 @@ def test_the_adapter_changes_the_base_models_answer(models):
         for name in ("base", "adapter")
     }
     assert answers["base"] != answers["adapter"]
+
+
+@pytest.mark.parametrize("name", ["base", "adapter", "tuned"])
+@pytest.mark.parametrize("quantize", ["nf4", "nf4-single", "int8"])
+def test_a_quantized_model_answers_as_the_one_whose_weights_are_rounded(models, name, quantize, capsys):
+    chat.main(["How many singers?", "--models", name, "--quantize", quantize, "--max-new-tokens", "6"])
+    said = capsys.readouterr().out.strip()
+    rounded = load_model(models / ("merged" if name == "tuned" else "base"), "cpu", torch.float32, quantize=quantize)
+    if name == "adapter":
+        rounded = load_adapter(rounded, models / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    asked = chat.Speaker(name, rounded, tokenizer)
+    rounded.set_attn_implementation("eager")
+    assert said == asked.answer("How many singers?", 6, 0.0, streamed=False)
+
+
+def test_at_a_temperature_the_seed_decides_what_is_said(models, capsys):
+    said = []
+    for seed in ("1", "1", "2"):
+        chat.main(["How many singers?", "--temperature", "5", "--seed", seed, "--max-new-tokens", "8"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
+def test_an_answer_is_written_as_it_comes(models, monkeypatch, capsys):
+    came, plainly = [], chat.TextStreamer.put
+    monkeypatch.setattr(chat.TextStreamer, "put", lambda self, ids: (came.append(ids.numel()), plainly(self, ids)))
+    answer = chat.speaker("base", None, chat.load()).answer("How many singers?", 12, 0.0, streamed=True)
+    assert len(came) > 3 and set(came[1:]) == {1}  # the prompt, then a token at a time
+    assert capsys.readouterr().out.strip() == answer
 
 
 def test_several_models_answer_in_columns_and_no_markup_is_read_in_what_they_say(models, capsys, monkeypatch):
