@@ -107,8 +107,9 @@ def plain(folder: Path, params: Params, rows: list[dict], quantize: str | None =
     return {"format": "float32", **rate(marks, counted), "losses": losses, "gradient_norms": norms}
 
 
-def trl(folder: Path, params: Params, rows: list[dict], bf16: bool) -> dict:
-    """TRL's trainer with its own defaults, at the same rows a step, rank and learning rate."""
+def trl(folder: Path, params: Params, rows: list[dict], bf16: bool, checkpointing: bool = False) -> dict:
+    """TRL's trainer at the same rows a step, rank and learning rate; all else its own defaults, activation
+    `checkpointing` among them where that is asked for."""
     marks = Marks()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = SFTConfig(
@@ -118,7 +119,7 @@ def trl(folder: Path, params: Params, rows: list[dict], bf16: bool) -> dict:
             per_device_train_batch_size=params.train.batch_size,
             learning_rate=params.train.learning_rate,
             max_steps=TRL_STEPS,
-            gradient_checkpointing=False,
+            gradient_checkpointing=checkpointing,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -160,6 +161,7 @@ VARIANTS = {
     "ours-nf4": lambda *given: ours(*given, quantize="nf4"),
     "ours-shuffled": lambda *given: ours(*given, order="shuffled"),
     "trl": lambda *given: trl(*given, bf16=True),
+    "trl-defaults": lambda *given: trl(*given, bf16=True, checkpointing=True),
     "trl-float32": lambda *given: trl(*given, bf16=False),
     "plain": plain,
     "plain-nf4": lambda *given: plain(*given, quantize="nf4"),
