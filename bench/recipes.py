@@ -77,13 +77,18 @@ def expected(recipe: Path, model: str) -> dict:
     }
 
 
-def main() -> None:
+def all_expected() -> list[dict]:
     found = []
     for recipe in sorted(RECIPES.glob("*.yaml")):
         models = [model for model in MODELS if recipe.stem.endswith((model, f"{model}-local"))]
         if models:
             found.append(expected(recipe, models[0]))
-            print(found[-1])
+    return found
+
+
+def main() -> None:
+    found = all_expected()
+    print(*found, sep="\n")
     write_json(RESULTS, found)
 
 

@@ -482,12 +482,12 @@ def on_card(machine: Resolved, base: Path) -> tuple[Shape | None, str, bool, int
 
 
 def fitted(params: Params, machine: Resolved, base: Path, shares: int, ranks: Ranks) -> Resolved:
-    """The machine with packs that fit the smallest of its GPUs."""
-    if machine.device != "cuda":
-        return machine
-    described, dtype, flash, room = on_card(machine, base)
-    tokens = min(ranks.of_all(gpu_tokens_per_pack(described, params, dtype, flash, room, shares)))
-    return dataclasses.replace(machine, tokens_per_pack=tokens)
+    """The machine with packs that fit the smallest of all GPUs."""
+    tokens = machine.tokens_per_pack
+    if machine.device == "cuda":
+        described, dtype, flash, room = on_card(machine, base)
+        tokens = gpu_tokens_per_pack(described, params, dtype, flash, room, shares)
+    return dataclasses.replace(machine, tokens_per_pack=min(ranks.of_all(tokens)))
 
 
 def worth_going_on_from(run: Run) -> Checkpoint | None:

@@ -123,6 +123,11 @@ def test_a_package_that_is_missing_is_a_problem_and_another_version_a_warning(to
     assert "instead of 1.0" in line and line.startswith("pydantic ")
 
 
+def test_what_is_pinned_for_another_python_is_not_compared(top):
+    Path("requirements.txt").write_text("pydantic==1.0 ; python_full_version < '3.5'  # via nothing\n")
+    assert examined().warnings == []
+
+
 def test_what_is_pinned_and_installed_is_all_right(top):
     found = doctor.Found()
     doctor.check_versions(found)

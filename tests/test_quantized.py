@@ -106,8 +106,8 @@ def test_a_packed_layer_multiplies_by_its_restored_weight_and_takes_inputs_that_
         torch.testing.assert_close(gradients[0], gradients[1])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["fused", "PEFT's own forward"])
-def test_adapters_on_packed_weights_have_the_loss_and_gradients_of_those_on_rounded_ones(tiny_model, dropout):
+@pytest.mark.parametrize("changed", [{}, {"dropout": 1e-9}, {"method": "dora"}], ids=["fused", "dropout", "PEFT's own"])
+def test_adapters_on_packed_weights_have_the_loss_and_gradients_of_those_on_rounded_ones(tiny_model, changed):
     ids = list(range(6, 40))
     rows = [{"id": "row", "input_ids": ids, "labels": [IGNORED] * 20 + ids[20:], "prompt_tokens": 20}]
     found = []
@@ -117,7 +117,7 @@ def test_adapters_on_packed_weights_have_the_loss_and_gradients_of_those_on_roun
     ):
         multiply_restored(base)
         base.set_attn_implementation("packed")
-        model = add_adapters(base, Lora(**LORA | {"dropout": dropout}), seed=0).train()
+        model = add_adapters(base, Lora(**LORA | changed), seed=0).train()
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))

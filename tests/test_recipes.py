@@ -14,6 +14,7 @@ import pytest
 import ruamel.yaml
 from huggingface_hub import constants
 
+from bench import recipes as bench
 from stages.params import load
 from stages.refusal import Refusal
 from tests import tiny_families
@@ -236,3 +237,15 @@ def test_a_recipe_runs_from_download_to_report(name, server, tmp_path, monkeypat
     adapter = json.loads(Path("models/adapter/adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (values["lora"]["r"], values["lora"]["alpha"])
     assert Path("metrics/report.html").stat().st_size > 10_000
+
+
+def test_what_the_recipes_are_said_to_take_is_what_the_estimate_says(monkeypatch):
+    monkeypatch.chdir(TOP)
+    known = json.loads(bench.RESULTS.read_text())
+    assert known == bench.all_expected()
+    table = (TOP / "README.md").read_text()
+    for one in known:
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| `{one['recipe']}` |")]
+        memory, seconds = (cell.strip() for cell in line.split("|")[5:7])
+        assert memory == f"{one['gib_at_least']:.0f} to {one['gib']:.0f}"
+        assert seconds == str(one["seconds_a_million_tokens"] or "not known")

@@ -70,7 +70,7 @@ def held(there: Place) -> list[dict]:
 @pytest.mark.parametrize(
     "settings",
     [{}, {"machine.dtype": "bfloat16"}, {"machine.dtype": "bfloat16", "lora.dropout": 0.0}, {"lora.quantize": "nf4"},
-     {"lora.quantize": "nf4", "lora.dropout": 0.0}, {"lora.quantize": "int8"}],
+     {"lora.quantize": "nf4", "lora.dropout": 0.0}, {"lora.quantize": "nf4-single"}, {"lora.quantize": "int8"}],
     ids=str,
 )  # fmt: skip
 def test_two_that_share_the_base_give_the_bytes_of_two_that_hold_it_whole(place, settings):
@@ -78,7 +78,8 @@ def test_two_that_share_the_base_give_the_bytes_of_two_that_hold_it_whole(place,
     whole, shared = both(place, **settings)
     assert shared.outputs() == whole.outputs()
     assert not (whole.folder / "held0").exists()
-    packed = {"nf4": "torch.uint8", "int8": "torch.int8"}.get(settings.get("lora.quantize"))
+    quantize = settings.get("lora.quantize")
+    packed = quantize and ("torch.int8" if quantize == "int8" else "torch.uint8")
     for one in held(shared):
         assert packed is None or packed in one["formats"]
 
@@ -225,6 +226,20 @@ def test_training_asks_the_card_how_large_packs_may_be(tiny_model, monkeypatch):
         assert fitted(params, machine, tiny_model, 1, ALONE).tokens_per_pack == expected
     processor = dataclasses.replace(machine, device="cpu", tokens_per_pack=7)
     assert fitted(params, processor, tiny_model, 1, ALONE) == processor
+    other = types.SimpleNamespace(of_all=lambda tokens: [tokens, 5])  # what another process holds fewer of
+    assert fitted(params, processor, tiny_model, 1, other).tokens_per_pack == 5
+
+
+def test_packs_leave_room_for_what_answers_while_training(tiny_model):
+    shape, params = of_gemma_27b()
+    train = params.train.model_copy(update={"metric": "score"})
+    answering = params.model_copy(update={"train": train})
+    given = ("bfloat16", True, 80 * memory.GIB)
+    more = memory.beside(shape, answering, "cuda", "bfloat16")
+    assert memory.beside(shape, params, "cuda", "bfloat16") == 0 < 5 * memory.GIB < more
+    fewer = memory.gpu_tokens_per_pack(shape, answering, *given)
+    assert fewer < memory.gpu_tokens_per_pack(shape, params, *given)
+    assert fewer == memory.gpu_tokens_per_pack(shape, params, *given[:2], given[2] - more / (1 - memory.ERROR))
 
 
 def test_what_a_share_takes_by_the_estimate_is_what_the_processes_hold(place):

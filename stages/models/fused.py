@@ -202,7 +202,7 @@ def _of(function: Callable, tensor: torch.Tensor) -> Callable:
 
 def fuse(model: PeftModel) -> None:
     """Let the adapters of plain linear layers train through the functions above, and on a GPU an MLP's act(gate)·up
-    too; others (bias, DoRA) keep PEFT's forward."""
+    too; others (DoRA) keep PEFT's forward."""
     cuda, training = model.device.type == "cuda", model.training
     model.eval()  # dropout would let the trials of _is_gated differ
     for layer in model.modules():
@@ -212,7 +212,7 @@ def fuse(model: PeftModel) -> None:
             layer.forward = types.MethodType(_dropped_forward if _chance(layer) else plain, layer)
     for module in model.modules() if cuda else ():
         if _is_gated(module, model.device, model.dtype):
-            plain = all(_is_plain(layer) and not _chance(layer) for layer in (module.gate_proj, module.up_proj))
+            plain = all(_takes_part(layer) for layer in (module.gate_proj, module.up_proj))
             module.forward = types.MethodType(_gated_lora_forward if plain else _gated_forward, module)
     model.train(training)
 
@@ -220,8 +220,13 @@ def fuse(model: PeftModel) -> None:
 def _is_plain(layer: torch.nn.Module | None) -> bool:
     if not isinstance(layer, peft.tuners.lora.LoraLayer) or layer.active_adapters != ["default"]:
         return False
-    base, kinds = layer.get_base_layer(), (torch.nn.Linear, Linear4bit, Linear8bitLt)
-    return type(base) in kinds and base.bias is None and not layer.lora_variant
+    kinds = (torch.nn.Linear, Linear4bit, Linear8bitLt)
+    return type(layer.get_base_layer()) in kinds and not layer.lora_variant
+
+
+def _takes_part(layer: torch.nn.Module) -> bool:
+    """In _GatedLora."""
+    return _is_plain(layer) and not _chance(layer) and layer.get_base_layer().bias is None
 
 
 def _chance(layer: peft.tuners.lora.LoraLayer) -> float:
@@ -252,7 +257,9 @@ def _by_rows(
 ) -> torch.Tensor:
     """x: [..., in]. Shaped out here, since Gemma 3n scales one such result in place, which autograd forbids where the
     function itself returns a view."""
-    return product.apply(x.reshape(-1, x.shape[-1]), *_factors(layer), *more).reshape(*x.shape[:-1], -1)
+    out = product.apply(x.reshape(-1, x.shape[-1]), *_factors(layer), *more).reshape(*x.shape[:-1], -1)
+    bias = layer.get_base_layer().bias
+    return out if bias is None else out + bias
 
 
 def _fused_forward(layer: peft.tuners.lora.LoraLayer, x: torch.Tensor) -> torch.Tensor:

@@ -287,7 +287,7 @@ def training(
 
 def sharding(model: Shape, params: Params, device: str, dtype: str, flash: bool, devices: int, room: float) -> bool:
     """Whether machine.shard_base shares the base out over `devices`; auto: on GPUs, where that can be, beside the whole
-    of it not even one row of encode.max_length fits into `room`, and beside a share of it one does."""
+    of it not even one row of encode.max_length is sure to fit into `room`, and beside a share of it one fits."""
     asked = params.machine.shard_base
     if asked != "auto" or device != "cuda" or devices == 1:
         return asked is True and devices > 1
@@ -298,7 +298,7 @@ def sharding(model: Shape, params: Params, device: str, dtype: str, flash: bool,
         training(model, params.lora, device, dtype, longest, longest, flash, shares=shares).needed
         for shares in (1, devices)
     )
-    return whole > room >= share
+    return whole > (1 - ERROR) * room and share <= room
 
 
 def most_tokens(
@@ -326,13 +326,13 @@ def most_tokens(
 def gpu_tokens_per_pack(
     model: Shape | None, params: Params, dtype: str, flash: bool, room: float, shares: int = 1
 ) -> int:
-    """machine.tokens_per_pack on a GPU of so much `room`; auto: TOKENS_PER_PACK, or fewer where only fewer fit, the
-    estimate's error allowed for; a row at least."""
+    """machine.tokens_per_pack on a GPU of so much `room`; auto: TOKENS_PER_PACK, or fewer where only fewer fit beside
+    what answering takes meanwhile, the estimate's error allowed for; a row at least."""
     asked = params.machine.tokens_per_pack
     if asked != "auto" or model is None:
         return TOKENS_PER_PACK["cuda"] if asked == "auto" else asked
     longest, shared = params.encode.max_length, params.train.order == "shared"
-    room *= 1 - ERROR
+    room = (1 - ERROR) * room - beside(model, params, "cuda", dtype)
     fit = most_tokens(model, params.lora, "cuda", dtype, longest, flash, shared, room, shares)
     return min(TOKENS_PER_PACK["cuda"], fit or longest)
 
@@ -358,3 +358,15 @@ def answering(model: Shape, params: Params, device: str, dtype: str, prompt: int
     if model.capped:  # eager attention
         through += rows * model.heads * prompt**2 * (4 + size)
     return PROCESS[device] + weights(model, dtype, None) + held + max(through, rows * model.vocabulary * (size + 4))
+
+
+def beside(model: Shape, params: Params, device: str, dtype: str) -> float:
+    """What answering validation rows while training holds beyond what training does: keys and values, and the prompts'
+    way through a layer; 0 where nothing is answered (train.metric)."""
+    if params.train.metric != "score":
+        return 0.0
+    most = params.machine.rows_per_batch
+    rows = min(ROWS_PER_BATCH[device] if most == "auto" else most, params.train.metric_rows)
+    asked = params.model_copy(update={"machine": params.machine.model_copy(update={"rows_per_batch": rows})})
+    more = answering(model, asked, device, dtype, params.encode.max_length)
+    return more - weights(model, dtype, None) - PROCESS[device]
