@@ -1,6 +1,6 @@
 """A small pipeline's training, killed at random moments until it is done, again and again: are its bytes the same?
 
-    python -m bench.kills kills FOLDER
+    python -m bench.kills kills FOLDER [MINUTES]
     python -m bench.kills edits FOLDER
 
 kills: SIGKILL to the stage, to DVC, to their process group, at random moments and, while a checkpoint is being written,
@@ -8,13 +8,15 @@ at once; after each, `dvc repro` goes on. The trainings take turns in FORMATS, w
 `lost_seconds_at_most` is the age of the newest checkpoint when the process that had written it was killed. edits:
 something that decides the result is changed after a kill, and no checkpoint of the state before may be used. Both on
 the tests' small model, in half an hour; they add `kills`, `identical`, `edits`, `stale_resumes` and more to
-bench/results/reliability.json.
+bench/results/reliability.json. Where there is a GPU, kills trains on it, with machine.deterministic, and adds its
+counts as `gpu_kills`. MINUTES: after so many no new training is begun; each kind of kill has had its turn by seven.
 """
 
 import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -25,6 +27,8 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+
+import torch
 
 from bench.checkpoints import RESULTS
 from stages.outputs import write_json
@@ -63,6 +67,10 @@ FORMATS = {
     "bfloat16": {"machine.dtype": "bfloat16", "lora.quantize": None},
     "nf4": {"machine.dtype": "bfloat16", "lora.quantize": "nf4"},
 }
+GPU = torch.cuda.is_available()
+if GPU:
+    SETTINGS |= {"machine.device": "cuda", "machine.deterministic": True}
+    del FORMATS["float32"]
 
 
 class Repository:
@@ -197,30 +205,29 @@ def disturbed(repository: Repository, target: str, inside: bool, chance: random.
     return killed
 
 
-def campaign(repository: Repository) -> Counter:
-    """Each kind so often; a training is killed up to seven times, then ends."""
-    chance, counts = random.Random(0), Counter()
+def campaign(repository: Repository, minutes: float) -> Counter:
+    """Each kind so often, in turns; a training is killed up to seven times, then ends."""
+    chance, counts, deadline = random.Random(0), Counter(), time.monotonic() + 60 * minutes
     clean = {}
     for form in FORMATS:
         repository.take(form)
         clean[form], _ = repository.finish()
         repository.forget()
-    turns = itertools.cycle(FORMATS)
-    for target in TARGETS:
-        while counts[f"killed_{target}"] < KILLS:
-            form = next(turns)
-            repository.take(form)
-            for _ in range(7):
-                done = counts[f"killed_{target}"]
-                if done < KILLS and not disturbed(repository, target, done % 3 == 0, chance, counts):
-                    break
-            last, ended = repository.last_step(), (repository.folder / "dvc.lock").exists()
-            digest, after = repository.finish()
-            repository.forget()
-            counts["trainings"] += 1
-            counts["identical"] += digest == clean[form]
-            counts["not_from_the_last_checkpoint"] += after != last and not ended
-            print(form, dict(counts), file=sys.stderr, flush=True)
+    turns, targets = itertools.cycle(FORMATS), itertools.cycle(TARGETS)
+    while any(counts[f"killed_{target}"] < KILLS for target in TARGETS) and time.monotonic() < deadline:
+        form = next(turns)
+        repository.take(form)
+        for target in itertools.islice(targets, 7):
+            done = counts[f"killed_{target}"]
+            if done < KILLS and not disturbed(repository, target, done % 3 == 0, chance, counts):
+                break
+        last, ended = repository.last_step(), (repository.folder / "dvc.lock").exists()
+        digest, after = repository.finish()
+        repository.forget()
+        counts["trainings"] += 1
+        counts["identical"] += digest == clean[form]
+        counts["not_from_the_last_checkpoint"] += after != last and not ended
+        print(form, dict(counts), file=sys.stderr, flush=True)
     return counts
 
 
@@ -250,7 +257,7 @@ def main(arguments: list[str]) -> None:
         found = stale(folder)
     else:
         repository = Repository(folder / "repository")
-        counts = campaign(repository)
+        counts = campaign(repository, float(arguments[2]) if len(arguments) > 2 else math.inf)
         found = {
             "left_running": 0,
             **counts,
@@ -258,6 +265,8 @@ def main(arguments: list[str]) -> None:
             "kills_formats": list(FORMATS),
             "kills_settings": SETTINGS,
         }
+        if GPU:
+            found = {"gpu_kills": {"device": torch.cuda.get_device_name(), **found}}
     print(json.dumps(found, indent=2))
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     write_json(RESULTS, {**known, **found})

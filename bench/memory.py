@@ -6,9 +6,10 @@
 
 Packs are full: rows of a quarter of TOKENS each, none alike, the loss on the last quarter of each. Writes to
 bench/results/gpus.json, after each size, `memory`, and the largest difference, as a share of what was read,
-`memory_estimate_error`. Beside them stand the runs of bench/results/train_h200.json, with the packs that their rows
-made. On a GPU `peak_gib` is what PyTorch held at most, and `held_gib` what the card had lost to the process by the end,
-with what the allocator keeps and CUDA's own: compared with `needed_gib`, it is what the doctor asks for.
+`memory_estimate_error`, of `peak_gib` and of `held_gib` alike. Beside them stand the runs of
+bench/results/train_h200.json, with the packs that their rows made. On a GPU `peak_gib` is what PyTorch held at most,
+and `held_gib` what the card had lost to the process by the end, with what the allocator keeps and CUDA's own: compared
+with `needed_gib`, it is what the doctor asks for.
 """
 
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
@@ -124,13 +125,18 @@ def judged(found: dict) -> dict:
     folder = bench.SCRATCH / found["model"] / "config.json"
     known = LLAMA if found["model"] == "llama-135m" else bench.MODELS[found["model"]]
     config = json.loads(folder.read_text()) if folder.is_file() else {**known.to_dict(), "dtype": "bfloat16"}
-    lora = load().lora.model_copy(update={"quantize": found.get("quantize")})
+    asked = {"r": 16, "quantize": found.get("quantize"), "dropout": found.get("dropout", 0.0)}
+    lora = load().lora.model_copy(update=asked)
     device = "cpu" if found["device"] == "cpu" else "cuda"
     shape = memory.shape(config)
     expected = memory.training(shape, lora, device, found["format"], found["tokens"], found["longest"])
-    needed = {"needed_gib": round(expected.needed / memory.GIB, 2)} if "held_gib" in found else {}
-    error = expected.peak / memory.GIB / found["peak_gib"] - 1
-    return found | {"estimated_gib": round(expected.peak / memory.GIB, 2), **needed, "error": round(error, 3)}
+    errors = {"error": expected.peak / memory.GIB / found["peak_gib"] - 1}
+    needed = {}
+    if "held_gib" in found:
+        needed["needed_gib"] = round(expected.needed / memory.GIB, 2)
+        errors["needed_error"] = expected.needed / memory.GIB / found["held_gib"] - 1
+    errors = {name: round(error, 3) for name, error in errors.items()}
+    return found | {"estimated_gib": round(expected.peak / memory.GIB, 2), **needed, **errors}
 
 
 def earlier() -> list[dict]:
@@ -140,7 +146,7 @@ def earlier() -> list[dict]:
         if not run["variant"].startswith("ours"):
             continue
         made = bench.rows(bench.ROWS_A_STEP * (bench.WARM + bench.MEASURED), bench.MODELS[run["model"]].vocab_size)
-        asked = 24576 if run["variant"] == "ours-larger-packs" else memory.TOKENS_PER_PACK["cuda"]
+        asked = bench.TOKENS_PER_PACK.get(run["variant"], memory.TOKENS_PER_PACK["cuda"])
         steps = train.schedule(made, bench.ROWS_A_STEP, 1.0, 0, "shuffled")
         packs = [piece for step in steps for piece in pack([made[i] for i in step], asked)]
         found.append(
@@ -150,6 +156,7 @@ def earlier() -> list[dict]:
                 "tokens": size_of(max(map(len, packs))),
                 "longest": max(len(row["input_ids"]) for row in made),
                 **({"quantize": "nf4"} if run["variant"] == "ours-nf4" else {}),
+                **({"dropout": 0.05} if run["variant"] == "ours-dropout" else {}),
                 "device": run["device"],
                 "peak_gib": run["peak_gib"],
                 "from": H200.name,
@@ -177,7 +184,7 @@ def measured(name: str, dtype: str, tokens: int, quantize: str | None = None) ->
 
 def keep(runs: list[dict]) -> None:
     before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    worst = max(abs(run["error"]) for run in runs)
+    worst = max(abs(run[name]) for run in runs for name in ("error", "needed_error") if name in run)
     write_json(RESULTS, {**before, "memory_estimate_error": worst, "memory": runs})
 
 

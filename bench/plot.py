@@ -4,6 +4,7 @@ python -m bench.plot
 """
 
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -21,13 +22,20 @@ NAMES = {
 
 
 def training(axes) -> None:
+    """The slowest reading of each variant in the newest run that has TRL's best, or else in the newest that has it."""
     rows = json.loads((RESULTS / "train_h200.json").read_text(encoding="utf-8"))
-    found: dict[str, list[float]] = {}
+    runs: dict[int, dict[str, float]] = {}
     for row in rows:
         if row["model"] == "gemma3-1b" and row["variant"] in NAMES:
-            found.setdefault(row["variant"], []).append(row["tokens_per_second"])
-    names = sorted(found, key=lambda name: max(found[name]))
-    dots(axes, [(NAMES[name], min(found[name]), name.startswith("ours")) for name in names])
+            found = runs.setdefault(row["run"], {})
+            found[row["variant"]] = min(row["tokens_per_second"], found.get(row["variant"], math.inf))
+    chosen = max(run for run in runs if "trl" in runs[run])
+    shown = []
+    for name in {name for found in runs.values() for name in found}:
+        run = chosen if name in runs[chosen] else max(run for run in runs if name in runs[run])
+        other = "" if run == chosen else " (another run)"
+        shown.append((NAMES[name] + other, runs[run][name], name.startswith("ours")))
+    dots(axes, sorted(shown, key=lambda one: one[1]))
     axes.set_title("Training, tokens a second\nGemma-3-1B shape, one H200", loc="left", fontsize=11)
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ SCRATCH = Path(tempfile.gettempdir()) / "lorepro-bench"
 ROWS_A_STEP = 48
 WARM, MEASURED = 12, 20
 LONGEST_SECONDS = 150
+TOKENS_PER_PACK = {"ours-larger-packs": 24576, "ours-smaller-packs": 8192}
 PEAK_TFLOPS = 790  # of an 8192³ product in bfloat16 on an H100 and an H200, read there
 
 GEMMA3 = {"vocab_size": 262144, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512}
@@ -196,6 +198,7 @@ def ours(
     ranks=None,
     shard_base: bool = False,
     deterministic: bool = False,
+    dropout: float = 0.0,
 ) -> dict:
     """shard_base: the processes of `ranks` share the base, whose weights are drawn as they are asked for.
     deterministic: as machine.deterministic; `adapter` in the result tells whether two runs gave the same bytes."""
@@ -215,7 +218,7 @@ def ours(
     params = load()
     there = {"dtype": "bfloat16", "device": "auto", "devices": 1, "tokens_per_pack": tokens_per_pack}
     machine = resolve(params.machine.model_copy(update=there))
-    lora = params.lora.model_copy(update={"r": 16, "alpha": 16.0, "dropout": 0.0, "quantize": quantize})
+    lora = params.lora.model_copy(update={"r": 16, "alpha": 16.0, "dropout": dropout, "quantize": quantize})
     layers = None
     if shard_base:
         base, layers = drawn(model, machine.device, machine.dtype, quantize, ranks)
@@ -358,8 +361,8 @@ def figures(marks: Marks, tokens: list[int], model: str) -> dict:
 VARIANTS = {
     "ours": lambda model: ours(model),
     "ours-nf4": lambda model: ours(model, quantize="nf4"),
-    "ours-larger-packs": lambda model: ours(model, tokens_per_pack=24576),
-    "ours-smaller-packs": lambda model: ours(model, tokens_per_pack=8192),
+    **{name: partial(ours, tokens_per_pack=tokens) for name, tokens in TOKENS_PER_PACK.items()},
+    "ours-dropout": lambda model: ours(model, dropout=0.05),
     "ours-deterministic": lambda model: ours(model, deterministic=True),
     "ours-profiled": lambda model: ours(model, profiled=True),
     "trl": lambda model: trl(
@@ -408,6 +411,8 @@ def main(arguments: list[str]) -> None:
         random.seed(0)
         print("RESULT " + json.dumps(VARIANTS[arguments[2]](arguments[1])))
         return
+    from stages.outputs import write_json
+
     out, model, *names = arguments
     found = []
     for name in [*names, names[0]] if len(names) > 1 else names:
@@ -420,7 +425,7 @@ def main(arguments: list[str]) -> None:
         result = json.loads(lines[0][7:]) if lines else missing
         found.append({"variant": name, "model": model, **result})
         print(json.dumps(found[-1]), f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    Path(out).write_text(json.dumps(found, indent=1) + "\n")
+        write_json(Path(out), found)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def completeness(folder: Path, params: Params) -> Callable[[list[int]], bool]:
     task = importlib.import_module(f"stages.tasks.{params.task.name}")
     if not hasattr(task, "complete"):
         return lambda tokens: False
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(folder.resolve())
     return lambda tokens: task.complete(tokenizer.decode(tokens, skip_special_tokens=True))
 
 

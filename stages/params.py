@@ -91,6 +91,7 @@ Task = Annotated[Section, _from_module("tasks", "name", "Options"), PlainSeriali
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Quantize = Literal["nf4", "nf4-single", "int8"]
 
 
 def _size(text: str) -> str:
@@ -135,7 +136,7 @@ class Lora(Section):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
     method: Literal["lora", "rslora", "dora"]
     init: Literal["default", "gaussian", "pissa", "olora"]
-    quantize: Literal["nf4", "int8"] | None
+    quantize: Quantize | None
     trainable_tokens: list[str]
     modules_to_save: list[Literal["embed_tokens", "lm_head"]]
 
@@ -238,7 +239,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
     for setting, others in _apart(params).items():
         for name, asked in others.items():
             if asked:
-                raise Refusal(f"{path}: {setting} does not go with {name}; leave one of them out")
+                raise Refusal(f"{path}: {setting} does not go with {name}; set one of them otherwise")
     return params
 
 
@@ -247,8 +248,9 @@ def _apart(params: Params) -> dict[str, dict[str, Any]]:
     lora, train, machine = params.lora, params.train, params.machine
     found: dict[str, dict[str, Any]] = {}
     if machine.shard_base is True:
+        whole = lora.of_whole_weights
         found["machine.shard_base: true"] = {
-            f"lora.{lora.of_whole_weights}": lora.of_whole_weights,
+            f"lora.{whole}": whole is not None,
             "train.metric: score, since a base in shares answers nothing": train.metric == "score",
         }
     if machine.device == "xla":

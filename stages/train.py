@@ -49,7 +49,7 @@ from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.fused import fuse
 from stages.models.lora import add_adapters, embedding_trained, save_adapter, token_ids, twin
 from stages.models.machine import Resolved, add_in_one_order, resolve_training
-from stages.models.memory import shape, sharding
+from stages.models.memory import Shape, gpu_tokens_per_pack, shape, sharding
 from stages.models.packs import IGNORED, Pack, pack
 from stages.models.progress import best_step, validations, without_progress
 from stages.models.ranks import ALONE, Machines, Ranks, launch
@@ -468,11 +468,26 @@ def shares_base(params: Params, machine: Resolved, base: Path, processes: int) -
         )
     if asked != "auto" or machine.device != "cuda" or processes == 1:
         return asked is True
+    described, dtype, flash, room = on_card(machine, base)
+    return described is not None and sharding(described, params, "cuda", dtype, flash, processes, room)
+
+
+def on_card(machine: Resolved, base: Path) -> tuple[Shape | None, str, bool, int]:
+    """What the estimate of memory asks: the base's shape, the format, whether this GPU is one that flash attention
+    knows, and its bytes."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     described = shape(config, sum(path.stat().st_size for path in base.glob("*.safetensors")))
     card = torch.cuda.get_device_properties(0)
-    flash, dtype = (card.major, card.minor) >= (8, 0), dtype_name(machine.dtype)
-    return described is not None and sharding(described, params, "cuda", dtype, flash, processes, card.total_memory)
+    return described, dtype_name(machine.dtype), (card.major, card.minor) >= (8, 0), card.total_memory
+
+
+def fitted(params: Params, machine: Resolved, base: Path, shares: int, ranks: Ranks) -> Resolved:
+    """The machine with packs that fit the smallest of all GPUs."""
+    tokens = machine.tokens_per_pack
+    if machine.device == "cuda":
+        described, dtype, flash, room = on_card(machine, base)
+        tokens = gpu_tokens_per_pack(described, params, dtype, flash, room, shares)
+    return dataclasses.replace(machine, tokens_per_pack=min(ranks.of_all(tokens)))
 
 
 def worth_going_on_from(run: Run) -> Checkpoint | None:
@@ -515,6 +530,7 @@ def train_adapter(arguments: list[str], params: Params, machine: Resolved, began
                 "params.yaml: train.metric is score, but a base that devices share (machine.shard_base) answers "
                 "nothing while it trains; set it to loss"
             )
+        machine = fitted(params, machine, base, ranks.count if sharded else 1, ranks)
         read = [*tokens, *sorted(asked.iterdir())]
         decides = decisive(params, machine, base, read, ranks.count, sharded) if ranks.first_here else None
         ranks.refuse_differences(decides)

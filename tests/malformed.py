@@ -341,7 +341,7 @@ VALUES = [
         "lora.init is the text 'pissa!'; it should be 'default', 'gaussian', 'pissa' or 'olora'",
     ),
     ("lora.method", "adalora", "lora.method is the text 'adalora'; it should be 'lora', 'rslora' or 'dora'"),
-    ("lora.quantize", "int4", "lora.quantize is the text 'int4'; it should be 'nf4' or 'int8'"),
+    ("lora.quantize", "int4", "lora.quantize is the text 'int4'; it should be 'nf4', 'nf4-single' or 'int8'"),
     ("lora.quantize", 8, "lora.quantize is 8; it should be "),
     (
         "lora.modules_to_save",

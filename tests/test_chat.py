@@ -77,6 +77,37 @@ def test_the_adapter_changes_the_base_models_answer(models):
     assert answers["base"] != answers["adapter"]
 
 
+@pytest.mark.parametrize("name", ["base", "adapter", "tuned"])
+@pytest.mark.parametrize("quantize", ["nf4", "nf4-single", "int8"])
+def test_a_quantized_model_has_the_weights_that_are_kept(models, name, quantize, monkeypatch):
+    asked = []
+    monkeypatch.setattr(chat, "say", lambda speakers, *_: asked.extend(speakers))
+    chat.main(["How many singers?", "--models", name, "--quantize", quantize])
+    (found,) = asked
+    weight = next(value for key, value in found.model.named_parameters() if "down_proj" in key and "lora" not in key)
+    folder = models / ("merged" if name == "tuned" else "base")
+    plain, rounded = (load_model(folder, "cpu", torch.float32, quantize=kept) for kept in (None, quantize))
+    assert torch.equal(weight, rounded.model.layers[0].mlp.down_proj.weight)
+    assert not torch.equal(weight, plain.model.layers[0].mlp.down_proj.weight)
+    assert any("lora_A" in key for key, _ in found.model.named_parameters()) == (name == "adapter")
+
+
+def test_at_a_temperature_the_seed_decides_what_is_said(models, capsys):
+    said = []
+    for seed in ("1", "1", "2"):
+        chat.main(["How many singers?", "--temperature", "5", "--seed", seed, "--max-new-tokens", "8"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
+def test_an_answer_is_written_as_it_comes(models, monkeypatch, capsys):
+    came, plainly = [], chat.TextStreamer.put
+    monkeypatch.setattr(chat.TextStreamer, "put", lambda self, ids: (came.append(ids.numel()), plainly(self, ids)))
+    answer = chat.speaker("base", None, chat.load()).answer("How many singers?", 12, 0.0, streamed=True)
+    assert len(came) > 3 and set(came[1:]) == {1}  # the prompt, then a token at a time
+    assert capsys.readouterr().out.strip() == answer
+
+
 def test_several_models_answer_in_columns_and_no_markup_is_read_in_what_they_say(models, capsys, monkeypatch):
     monkeypatch.setattr(chat.Speaker, "answer", lambda self, *_, **__: f"[red]{self.name} says[/red]")
     chat.main(["Hm?", "--models", "base", "tuned"])

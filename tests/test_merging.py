@@ -167,7 +167,7 @@ def test_adapters_in_bfloat16_are_added_in_float32_as_peft_does(both, tmp_path):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("quantize", ["nf4", "nf4-single", "int8"])
 @pytest.mark.parametrize("elements", [1, 1 << 20], ids=["in blocks", "whole"])
 @pytest.mark.parametrize("width", [96, 128])
 def test_the_values_that_are_kept_are_those_of_the_whole_weight(width, elements, quantize, both, tmp_path, monkeypatch):

@@ -463,10 +463,9 @@ def small_disk(reproduced, tmp_path):
 def test_on_a_full_disk_every_stage_fails_dvc_lock_stays_and_with_room_again_repro_goes_on(small_disk):
     lock = (small_disk.folder / "dvc.lock").read_text()
     filler = small_disk.folder / "filler"
-    with filler.open("wb") as file, contextlib.suppress(OSError):
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 16))
-            file.flush()
     for stage in sorted(STAGES):
         os.truncate(filler, filler.stat().st_size - (16 << 10))  # DVC needs a little before it runs the stage
         said = small_disk.dvc("repro", "--force", "--single-item", stage, status=255)

@@ -384,12 +384,14 @@ def test_each_score_that_the_readme_explains_has_a_meaning():
     assert named - counts == set(card.MEANINGS)
 
 
-def test_an_adapter_trained_on_4_bit_values_is_loaded_onto_them(project):
-    write_params(project, **{"lora.quantize": "nf4"})
+@pytest.mark.parametrize(("quantize", "double"), [("nf4", True), ("nf4-single", False)])
+def test_an_adapter_trained_on_4_bit_values_is_loaded_onto_them(project, quantize, double):
+    write_params(project, **{"lora.quantize": quantize})
     publish.fill(new(project), "adapter", NAME, publish.find_licence(None), "c" * 40, lock(project))
     code = python_of(project / "new/README.md")
     compile(code, "card", "exec")
     assert 'bnb_4bit_quant_type="nf4"' in code and "BitsAndBytesConfig, GenerationConfig" in code
+    assert f"bnb_4bit_use_double_quant={double}," in code
 
 
 # licences

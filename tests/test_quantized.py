@@ -1,5 +1,7 @@
 """Weights of 4 and 8 bits: what a CPU rounds to is what bitsandbytes keeps; packed layers multiply as merged ones."""
 
+from typing import get_args
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -10,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stages.models.families import adaptable
 from stages.models.fused import _FusedLora, _WideLora, fuse
 from stages.models.load import load_model, pack_loss
-from stages.models.lora import add_adapters
+from stages.models.lora import add_adapters, twin
 from stages.models.packs import IGNORED, pack
 from stages.models.quantized import dense, kept_values, multiply_restored, packing, restore_scales
-from stages.params import Lora
+from stages.params import Lora, Quantize
 from tests.conftest import LORA
 
 
@@ -40,11 +42,24 @@ def test_scales_that_are_restored_once_give_the_weights_that_those_restored_each
         assert torch.equal(dense(layer.weight, dtype), weight)
 
 
+def test_a_model_that_answers_while_it_trains_has_no_second_copy_of_nf4s_scales(tiny_model):
+    model = by_transformers(tiny_model, torch.float32, "nf4")
+    restore_scales(model)
+    model = add_adapters(model, Lora(**LORA | {"quantize": "nf4"}), seed=0)
+    pairs = zip(model.get_base_model().modules(), twin(model).modules(), strict=True)
+    pairs = [(one, other) for one, other in pairs if isinstance(one, Linear4bit)]
+    assert pairs
+    for one, other in pairs:
+        assert one is not other and one.weight is other.weight and one.quant_state is other.quant_state
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "nf4-single"])
 @pytest.mark.parametrize("shape", [(330, 128), (200, 64), (1, 7)])
-def test_nf4_values_are_what_bitsandbytes_keeps(shape):
+def test_nf4_values_are_what_bitsandbytes_keeps(shape, quantize):
     weight = drawn(*shape)
-    kept = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
-    assert torch.equal(torch.cat(list(kept_values("nf4", weight.split(64)))), kept)
+    double = quantize == "nf4"
+    kept = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=double))
+    assert torch.equal(torch.cat(list(kept_values(quantize, weight.split(64)))), kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -61,10 +76,12 @@ def test_int8_values_are_what_bitsandbytes_keeps(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_model_that_a_cpu_rounds_has_the_values_of_the_one_that_transformers_packs(tiny_model, dtype):
-    packed, rounded = by_transformers(tiny_model, dtype), load_model(tiny_model, "cpu", dtype, quantize="int8")
-    plain = load_model(tiny_model, "cpu", dtype)
-    layers = {name for name, module in packed.named_modules() if type(module) is Linear8bitLt}
+@pytest.mark.parametrize("quantize", get_args(Quantize))
+def test_the_model_that_a_cpu_rounds_has_the_values_of_the_one_that_transformers_packs(tiny_model, dtype, quantize):
+    packed = by_transformers(tiny_model, dtype, quantize)
+    plain, rounded = (load_model(tiny_model, "cpu", dtype, quantize=kept) for kept in (None, quantize))
+    kinds = (Linear8bitLt, Linear4bit)
+    layers = {name for name, module in packed.named_modules() if isinstance(module, kinds)}
     assert layers == set(adaptable(plain))
     for name, weight in rounded.named_parameters():
         own, before = packed.get_parameter(name), plain.get_parameter(name)
@@ -89,8 +106,8 @@ def test_a_packed_layer_multiplies_by_its_restored_weight_and_takes_inputs_that_
         torch.testing.assert_close(gradients[0], gradients[1])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["fused", "PEFT's own forward"])
-def test_adapters_on_packed_weights_have_the_loss_and_gradients_of_those_on_rounded_ones(tiny_model, dropout):
+@pytest.mark.parametrize("changed", [{}, {"dropout": 1e-9}, {"method": "dora"}], ids=["fused", "dropout", "PEFT's own"])
+def test_adapters_on_packed_weights_have_the_loss_and_gradients_of_those_on_rounded_ones(tiny_model, changed):
     ids = list(range(6, 40))
     rows = [{"id": "row", "input_ids": ids, "labels": [IGNORED] * 20 + ids[20:], "prompt_tokens": 20}]
     found = []
@@ -100,7 +117,7 @@ def test_adapters_on_packed_weights_have_the_loss_and_gradients_of_those_on_roun
     ):
         multiply_restored(base)
         base.set_attn_implementation("packed")
-        model = add_adapters(base, Lora(**LORA | {"dropout": dropout}), seed=0).train()
+        model = add_adapters(base, Lora(**LORA | changed), seed=0).train()
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))

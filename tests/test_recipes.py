@@ -14,6 +14,7 @@ import pytest
 import ruamel.yaml
 from huggingface_hub import constants
 
+from bench import recipes as bench
 from stages.params import load
 from stages.refusal import Refusal
 from tests import tiny_families
@@ -108,8 +109,9 @@ ARCHITECTURES = {
     "quotes-gemma-2b-tpu": "gemma",
     "text-to-sql-gemma-3-1b": "gemma3_text",
     "text-to-sql-gemma-3-4b": "gemma3",
+    "text-to-sql-gemma-3-12b": "gemma3",
+    "text-to-sql-gemma-3-27b": "gemma3",
 }
-SAME = {"text-to-sql-gemma-3-12b", "text-to-sql-gemma-3-27b"}  # as the 4B, of another size
 SIZE = {
     "prepare": {"validation": 0.2, "test": 0.3},
     "train": {"epochs": 1.0, "validations": 1},
@@ -194,11 +196,8 @@ def write(values: dict) -> None:
         ruamel.yaml.YAML(typ="safe", pure=True).dump(values, file)
 
 
-def test_each_recipe_is_run_or_differs_from_one_that_is_in_the_models_size_alone():
-    assert set(ARCHITECTURES) | SAME == {path.stem for path in RECIPES}
-    for name in SAME:
-        overlay = ruamel.yaml.YAML(typ="safe", pure=True).load((TOP / f"recipes/{name}.yaml").read_text())
-        assert list(overlay) == ["over", "model"] and list(overlay["model"]) == ["fetch"]
+def test_each_recipe_is_run():
+    assert set(ARCHITECTURES) == {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -238,3 +237,15 @@ def test_a_recipe_runs_from_download_to_report(name, server, tmp_path, monkeypat
     adapter = json.loads(Path("models/adapter/adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (values["lora"]["r"], values["lora"]["alpha"])
     assert Path("metrics/report.html").stat().st_size > 10_000
+
+
+def test_what_the_recipes_are_said_to_take_is_what_the_estimate_says(monkeypatch):
+    monkeypatch.chdir(TOP)
+    known = json.loads(bench.RESULTS.read_text())
+    assert known == bench.all_expected()
+    table = (TOP / "README.md").read_text()
+    for one in known:
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| `{one['recipe']}` |")]
+        memory, seconds = (cell.strip() for cell in line.split("|")[5:7])
+        assert memory == f"{one['gib_at_least']:.0f} to {one['gib']:.0f}"
+        assert seconds == str(one["seconds_a_million_tokens"] or "not known")

@@ -2,11 +2,16 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
+import torch
 
 from stages.models import memory, sharded
+from stages.models.machine import Resolved
+from stages.models.ranks import ALONE
 from stages.params import Params, load
+from stages.train import fitted
 from tests import tiny_families
 from tests.conftest import CHAT, ROOT
 from tests.test_ranks import DRIVER, column_of, errors, run
@@ -65,7 +70,7 @@ def held(there: Place) -> list[dict]:
 @pytest.mark.parametrize(
     "settings",
     [{}, {"machine.dtype": "bfloat16"}, {"machine.dtype": "bfloat16", "lora.dropout": 0.0}, {"lora.quantize": "nf4"},
-     {"lora.quantize": "nf4", "lora.dropout": 0.0}, {"lora.quantize": "int8"}],
+     {"lora.quantize": "nf4", "lora.dropout": 0.0}, {"lora.quantize": "nf4-single"}, {"lora.quantize": "int8"}],
     ids=str,
 )  # fmt: skip
 def test_two_that_share_the_base_give_the_bytes_of_two_that_hold_it_whole(place, settings):
@@ -73,7 +78,8 @@ def test_two_that_share_the_base_give_the_bytes_of_two_that_hold_it_whole(place,
     whole, shared = both(place, **settings)
     assert shared.outputs() == whole.outputs()
     assert not (whole.folder / "held0").exists()
-    packed = {"nf4": "torch.uint8", "int8": "torch.int8"}.get(settings.get("lora.quantize"))
+    quantize = settings.get("lora.quantize")
+    packed = quantize and ("torch.int8" if quantize == "int8" else "torch.uint8")
     for one in held(shared):
         assert packed is None or packed in one["formats"]
 
@@ -189,6 +195,51 @@ def test_auto_shares_no_base_where_that_cannot_be_and_what_is_asked_for_is_done(
         told = params.model_copy(update={"machine": params.machine.model_copy(update={"shard_base": asked})})
         assert memory.sharding(shape, told, "cpu", "float32", False, 2, room) == asked
         assert memory.sharding(shape, told, "cuda", "bfloat16", True, 2, 1000 * memory.GIB) == asked
+
+
+@pytest.mark.parametrize(
+    ("gib", "asked", "expected"),
+    [(1000, "auto", 16384), (80, "auto", 2048), (48, "auto", 1024), (20, "auto", 512), (20, 4096, 4096)],
+)
+def test_packs_on_a_gpu_are_as_large_as_fits_by_the_estimate_where_nothing_else_is_asked_for(gib, asked, expected):
+    shape, params = of_gemma_27b()
+    machine = params.machine.model_copy(update={"tokens_per_pack": asked})
+    params = params.model_copy(update={"machine": machine})
+    tokens = memory.gpu_tokens_per_pack(shape, params, "bfloat16", True, gib * memory.GIB)
+    assert tokens == expected
+    if asked == "auto" and gib > 20:
+        shared = params.train.order == "shared"
+        given = ("cuda", "bfloat16", tokens, params.encode.max_length, True, shared)
+        assert memory.training(shape, params.lora, *given).needed <= (1 - memory.ERROR) * gib * memory.GIB
+
+
+def test_of_a_base_whose_shape_is_not_known_packs_are_the_usual_ones():
+    assert memory.gpu_tokens_per_pack(None, load(ROOT / "params.yaml"), "bfloat16", True, memory.GIB) == 16384
+
+
+def test_training_asks_the_card_how_large_packs_may_be(tiny_model, monkeypatch):
+    machine = Resolved("cuda", ("cuda:0",), torch.bfloat16, 16384, 256, "batches")
+    params = load(ROOT / "params.yaml")
+    for bytes_there, expected in ((80 * memory.GIB, 16384), (1, params.encode.max_length)):
+        card = types.SimpleNamespace(major=9, minor=0, total_memory=bytes_there)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number, card=card: card)
+        assert fitted(params, machine, tiny_model, 1, ALONE).tokens_per_pack == expected
+    processor = dataclasses.replace(machine, device="cpu", tokens_per_pack=7)
+    assert fitted(params, processor, tiny_model, 1, ALONE) == processor
+    other = types.SimpleNamespace(of_all=lambda tokens: [tokens, 5])  # what another process holds fewer of
+    assert fitted(params, processor, tiny_model, 1, other).tokens_per_pack == 5
+
+
+def test_packs_leave_room_for_what_answers_while_training(tiny_model):
+    shape, params = of_gemma_27b()
+    train = params.train.model_copy(update={"metric": "score"})
+    answering = params.model_copy(update={"train": train})
+    given = ("bfloat16", True, 80 * memory.GIB)
+    more = memory.beside(shape, answering, "cuda", "bfloat16")
+    assert memory.beside(shape, params, "cuda", "bfloat16") == 0 < 5 * memory.GIB < more
+    fewer = memory.gpu_tokens_per_pack(shape, answering, *given)
+    assert fewer < memory.gpu_tokens_per_pack(shape, params, *given)
+    assert fewer == memory.gpu_tokens_per_pack(shape, params, *given[:2], given[2] - more / (1 - memory.ERROR))
 
 
 def test_what_a_share_takes_by_the_estimate_is_what_the_processes_hold(place):

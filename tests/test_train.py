@@ -9,7 +9,6 @@ import random
 import shutil
 import types
 
-import peft
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from stages import train
 from stages.encode import SCHEMA
 from stages.models import checkpoints, room
-from stages.models.fused import KINDS, _FusedLora, _Gated, _gated_lora_forward, _WideLora, fuse
+from stages.models.fused import KINDS, _DroppedLora, _FusedLora, _Gated, _gated_lora_forward, _WideLora, fuse
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.lora import add_adapters, load_adapter
 from stages.models.machine import resolve
@@ -209,16 +208,19 @@ def test_a_named_target_adapts_that_module_alone(trained):
     assert adapter and all(".q_proj." in name for name in adapter)
 
 
-def test_the_fused_adapters_have_the_loss_and_gradients_of_pefts_own(tiny_model, tmp_path):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_fused_adapters_have_the_loss_and_gradients_of_pefts_own(tiny_model, tmp_path, dropout):
     rows = write_tokens(tmp_path / "rows.parquet", 6, 2)
+    lora = Lora(**LORA | {"dropout": dropout})
     found = []
     for fused in (False, True):
-        model = add_adapters(load_model(tiny_model, "cpu", torch.float32), Lora(**LORA), seed=0).train()
+        model = add_adapters(load_model(tiny_model, "cpu", torch.float32), lora, seed=0).train()
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
         if fused:
             fuse(model)
+        torch.manual_seed(0)  # both drop the same
         loss = sum(pack_loss(model.get_base_model(), piece) for piece in pack(rows, 200))
         loss.backward()
         found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
@@ -283,11 +285,35 @@ def test_gate_and_up_taken_together_have_the_gradients_of_one_after_the_other(ti
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_adapters_with_dropout_keep_pefts_own_forward(tiny_model):
-    model = add_adapters(load_model(tiny_model, "cpu", torch.float32), Lora(**{**LORA, "dropout": 0.1}), seed=0)
+def test_nothing_is_dropped_where_nothing_is_trained(tiny_model):
+    model = add_adapters(load_model(tiny_model, "cpu", torch.float32), Lora(**{**LORA, "dropout": 0.5}), seed=0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    ids = list(range(6, 30))
+    (piece,) = pack([{"id": "row", "input_ids": ids, "labels": [IGNORED] * 20 + ids[20:]}], 200)
+    expected = pack_loss(model.eval().get_base_model(), piece).item()
     fuse(model)
-    layers = [layer for layer in model.modules() if isinstance(layer, peft.tuners.lora.Linear)]
-    assert layers and all("forward" not in vars(layer) for layer in layers)
+    assert pack_loss(model.get_base_model(), piece).item() == pytest.approx(expected, rel=1e-5)
+    assert pack_loss(model.train().get_base_model(), piece).item() != pytest.approx(expected, rel=1e-3)
+
+
+def test_of_adapters_with_dropout_the_gradients_are_those_of_the_elements_that_were_kept():
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"x": (50, 4), "weight": (6, 4), "down": (3, 4), "up": (6, 3)}
+    x, weight, down, up = (torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes.values())
+    trained = [x.requires_grad_(), down.requires_grad_(), up.requires_grad_()]
+    outer = torch.randn(50, 6, generator=draw, dtype=torch.float64)
+    torch.manual_seed(0)
+    out = _DroppedLora.apply(x, weight, down, up, 0.5, 0.25)
+    found = torch.autograd.grad(out, trained, outer)
+    torch.manual_seed(0)
+    _, kept = torch.native_dropout(x.detach(), 0.25, True)
+    assert 0.6 < kept.double().mean() < 0.9
+    plain = x @ weight.T + 0.5 * ((x * kept / 0.75) @ down.T) @ up.T
+    torch.testing.assert_close(out, plain)
+    for one, other in zip(found, torch.autograd.grad(plain, trained, outer), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-6)
 
 
 def added(folder) -> dict[str, torch.Tensor]:

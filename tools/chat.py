@@ -16,6 +16,7 @@ import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import rich.box
 from rich.console import Console
@@ -28,7 +29,7 @@ from stages.models.generate import attention_for_generation
 from stages.models.load import load_model
 from stages.models.lora import load_adapter
 from stages.models.machine import resolve
-from stages.params import Params, load
+from stages.params import Params, Quantize, load
 from stages.refusal import Refusal, run
 from tools.repository import ADAPTER, BASE, MERGED
 
@@ -128,7 +129,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--file", type=Path, help="a text file that holds the prompt")
     parser.add_argument("--test", nargs="?", const="", metavar="ID", help="ask a test row, one at random or this one")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["tuned"], help="several are set side by side")
-    parser.add_argument("--quantize", choices=["nf4", "int8"], help="round the weights to 4 or 8 bits")
+    parser.add_argument("--quantize", choices=get_args(Quantize), help="round the weights to 4 or 8 bits")
     parser.add_argument("--max-new-tokens", type=int, help="evaluate.max_new_tokens of params.yaml, if left out")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, if left out: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="for a temperature above 0")

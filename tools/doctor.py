@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 try:
     import pynvml
+    from packaging.requirements import Requirement
 
     from stages import params, rows
     from stages.download import PROVENANCE, find_template
@@ -46,7 +47,6 @@ ANSWER_SECONDS = 3.0  # how long a hub or an index is waited for
 ROWS = 20  # of the data, read through the task
 READ_BYTES = 64 << 20  # a .json file is read as a whole: a larger one takes too long
 UNPACKED = 4  # times a GGUF file's size that its weights take in 16 bits; 4.5 bits each is the least that is opened
-ERROR = 0.15  # of stages.models.memory's figures (bench/results/gpus.json)
 GIB = memory.GIB
 
 
@@ -98,8 +98,10 @@ def check_versions(found: Found, folder: Path = Path()) -> None:
     text = (folder / "requirements.txt").read_text(encoding="utf-8")
     if installed("torch-xla") is not None:
         text += (folder / "requirements-tpu.txt").read_text(encoding="utf-8")
-    for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", text, re.M):
-        pinned.setdefault(name, set()).add(version)  # several, for several versions of Python; torch's, for TPUs
+    for line in re.findall(r"^[A-Za-z0-9._-]+==[^#\n]+", text, re.M):
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate():
+            pinned.setdefault(pin.name, set()).add(str(pin.specifier).removeprefix("=="))  # torch's two, for TPUs
     others = [
         f"{name} {there} instead of {' or '.join(sorted(versions))}"
         for name, versions in pinned.items()
@@ -390,13 +392,19 @@ def check_memory(settings: Params, shape: memory.Shape, device: str, there: list
         formats = [settings.machine.dtype]
     else:  # on a CPU measured, by torch
         formats = ["bfloat16"] if device == "cuda" else ["float32", "bfloat16"]
-    free, total = (there[0].free, there[0].total) if device == "cuda" else main_memory()
     devices = settings.machine.devices if settings.machine.devices != "auto" else max(1, len(there))
     devices = min(devices, settings.train.batch_size)
+    if device == "cuda":
+        free, total = (min(getattr(card, kind) for card in there[:devices]) for kind in ("free", "total"))
+    else:
+        free, total = main_memory()
     if settings.machine.shard_base is True and devices == 1 and settings.machine.rendezvous is None:
         found.problems.append("params.yaml: machine.shard_base is true, and one device trains; set it to auto")
     sharded = memory.sharding(shape, settings, device, formats[0], flash, devices, total)
     shares = devices if sharded else 1
+    if device == "cuda":
+        most = memory.gpu_tokens_per_pack(shape, settings, formats[0], flash, total, shares)
+        tokens = min(tokens, max(longest, most))
     by_format = {
         dtype: memory.training(shape, lora, device, dtype, tokens, longest, flash, shared, shares) for dtype in formats
     }
@@ -404,15 +412,8 @@ def check_memory(settings: Params, shape: memory.Shape, device: str, there: list
     where = there[0].name if device == "cuda" else "main memory"
     room = f"{where} has {free / GIB:.1f} GiB free of {total / GIB:.1f}"
     over = f" on each of {shares} devices that share the base" if sharded else ""
-    beside = ""
-    if settings.train.metric == "score":  # its keys and values, and the prompts' way through a layer
-        most = settings.machine.rows_per_batch
-        rows = min(memory.ROWS_PER_BATCH[device] if most == "auto" else most, settings.train.metric_rows)
-        machine = settings.machine.model_copy(update={"rows_per_batch": rows})
-        asked = settings.model_copy(update={"machine": machine})
-        more = memory.answering(shape, asked, device, dtype, longest)
-        more -= memory.weights(shape, dtype, None) + memory.PROCESS[device]
-        beside = f", and to answer beside it (train.metric: score) {more / GIB:.1f} more"
+    more = memory.beside(shape, settings, device, dtype)
+    beside = f", and to answer beside it (train.metric: score) {more / GIB:.1f} more" if more else ""
     line = (
         f"training takes up to {held.needed / GIB:.1f} GiB{over} with packs of {tokens} tokens in {dtype}{beside}, "
         f"and {room}"
@@ -420,20 +421,22 @@ def check_memory(settings: Params, shape: memory.Shape, device: str, there: list
     smaller = "lora.quantize: nf4, " if device == "cuda" and lora.quantize is None else ""
     if settings.machine.shard_base is False and device == "cuda" and devices > 1:
         smaller = f"machine.shard_base: auto, {smaller}"
-    fits = memory.most_tokens(shape, lora, device, dtype, longest, flash, shared, total, shares)
+    fits = None
+    for most in ((1 - memory.ERROR) * total - more, total - more):  # an estimate's error allowed for, if that can be
+        fits = fits or memory.most_tokens(shape, lora, device, dtype, longest, flash, shared, most, shares)
     bare = held.weights + held.adapters + held.process
-    if bare * (1 - ERROR) > total and not ADAPTER.exists():
+    if bare * (1 - memory.ERROR) > total and not ADAPTER.exists():
         found.problems.append(
             f"memory: training takes {bare / GIB:.1f} GiB{over} before the first token, and {room}; set {smaller}"
             "model.fetch to a smaller model, or take a larger machine"
         )
-    elif held.needed > total and fits:
+    elif held.needed + more > total and fits:
         found.warnings.append(f"memory: {line}; should it run out: machine.tokens_per_pack: {fits}")
-    elif held.needed > total:
+    elif held.needed + more > total:
         found.warnings.append(
             f"memory: {line}; should it run out: {smaller}a smaller encode.max_length, or a larger machine"
         )
-    elif held.needed > free:
+    elif held.needed + more > free:
         found.warnings.append(f"memory: {line}; end what else runs on it")
     else:
         found.facts.append(f"memory: {line}")

@@ -47,6 +47,44 @@ class _FusedLora(torch.autograd.Function):
         return to_x, None, (to_inner.T @ rows).float(), to_up.float(), None
 
 
+class _DroppedLora(torch.autograd.Function):
+    """x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ, drop as torch.nn.Dropout.
+
+    PEFT's line keeps of each adapter a copy of x in float32 and which of its elements were dropped; here x, which
+    adapters of one input share, and a byte for each element are kept, and drop(x) is made again.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, weight, down, up, scaling: float, chance: float):
+        down, up = down.to(rows.dtype), up.to(rows.dtype)
+        dropped, kept = torch.native_dropout(rows, chance, True)
+        inner = dropped @ down.T
+        out = (rows @ dense(weight, rows.dtype).T).addmm_(inner, up.T, alpha=scaling)
+        ctx.save_for_backward(rows, weight, down, up, inner, kept)
+        ctx.scaling, ctx.more = scaling, 1 / (1 - chance)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, weight, down, up, inner, kept = ctx.saved_tensors
+        to_inner = (gradient @ up).mul_(ctx.scaling)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = _of(add_kept, rows)(gradient @ dense(weight, gradient.dtype), to_inner @ down, kept, ctx.more)
+        to_up = (gradient.T @ inner).mul_(ctx.scaling)
+        dropped = _of(kept_of, rows)(rows, kept, ctx.more)
+        return to_x, None, (to_inner.T @ dropped).float(), to_up.float(), None, None
+
+
+def kept_of(x: torch.Tensor, kept: torch.Tensor, more: float) -> torch.Tensor:
+    """x where it is kept, so many times; else 0."""
+    return x * kept * more
+
+
+def add_kept(total: torch.Tensor, x: torch.Tensor, kept: torch.Tensor, more: float) -> torch.Tensor:
+    return total + x * kept * more
+
+
 class _WideLora(torch.autograd.Function):
     """The same as one product, [x, x·Aᵀ]·[W, s·B]ᵀ.
 
@@ -164,16 +202,17 @@ def _of(function: Callable, tensor: torch.Tensor) -> Callable:
 
 def fuse(model: PeftModel) -> None:
     """Let the adapters of plain linear layers train through the functions above, and on a GPU an MLP's act(gate)·up
-    too; others (dropout, bias, DoRA) keep PEFT's forward."""
+    too; others (DoRA) keep PEFT's forward."""
     cuda, training = model.device.type == "cuda", model.training
     model.eval()  # dropout would let the trials of _is_gated differ
     for layer in model.modules():
         if _is_plain(layer):
             wide = cuda and layer.out_features > layer.in_features
-            layer.forward = types.MethodType(_wide_forward if wide else _fused_forward, layer)
+            plain = _wide_forward if wide else _fused_forward
+            layer.forward = types.MethodType(_dropped_forward if _chance(layer) else plain, layer)
     for module in model.modules() if cuda else ():
         if _is_gated(module, model.device, model.dtype):
-            plain = _is_plain(module.gate_proj) and _is_plain(module.up_proj)
+            plain = all(_takes_part(layer) for layer in (module.gate_proj, module.up_proj))
             module.forward = types.MethodType(_gated_lora_forward if plain else _gated_forward, module)
     model.train(training)
 
@@ -181,11 +220,18 @@ def fuse(model: PeftModel) -> None:
 def _is_plain(layer: torch.nn.Module | None) -> bool:
     if not isinstance(layer, peft.tuners.lora.LoraLayer) or layer.active_adapters != ["default"]:
         return False
-    base, dropout = layer.get_base_layer(), layer.lora_dropout["default"]
     kinds = (torch.nn.Linear, Linear4bit, Linear8bitLt)
-    return (
-        type(base) in kinds and base.bias is None and isinstance(dropout, torch.nn.Identity) and not layer.lora_variant
-    )
+    return type(layer.get_base_layer()) in kinds and not layer.lora_variant
+
+
+def _takes_part(layer: torch.nn.Module) -> bool:
+    """In _GatedLora."""
+    return _is_plain(layer) and not _chance(layer) and layer.get_base_layer().bias is None
+
+
+def _chance(layer: peft.tuners.lora.LoraLayer) -> float:
+    """Of an element that goes into the adapter to be dropped, in training."""
+    return getattr(layer.lora_dropout["default"], "p", 0.0)
 
 
 @torch.no_grad()
@@ -207,11 +253,13 @@ def _factors(layer: peft.tuners.lora.LoraLayer) -> tuple[torch.Tensor, torch.Ten
 
 
 def _by_rows(
-    product: type[torch.autograd.Function], layer: peft.tuners.lora.LoraLayer, x: torch.Tensor
+    product: type[torch.autograd.Function], layer: peft.tuners.lora.LoraLayer, x: torch.Tensor, *more: float
 ) -> torch.Tensor:
     """x: [..., in]. Shaped out here, since Gemma 3n scales one such result in place, which autograd forbids where the
     function itself returns a view."""
-    return product.apply(x.reshape(-1, x.shape[-1]), *_factors(layer)).reshape(*x.shape[:-1], -1)
+    out = product.apply(x.reshape(-1, x.shape[-1]), *_factors(layer), *more).reshape(*x.shape[:-1], -1)
+    bias = layer.get_base_layer().bias
+    return out if bias is None else out + bias
 
 
 def _fused_forward(layer: peft.tuners.lora.LoraLayer, x: torch.Tensor) -> torch.Tensor:
@@ -220,6 +268,10 @@ def _fused_forward(layer: peft.tuners.lora.LoraLayer, x: torch.Tensor) -> torch.
 
 def _wide_forward(layer: peft.tuners.lora.LoraLayer, x: torch.Tensor) -> torch.Tensor:
     return _by_rows(_WideLora, layer, x)
+
+
+def _dropped_forward(layer: peft.tuners.lora.LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    return _by_rows(_DroppedLora, layer, x, _chance(layer)) if layer.training else _fused_forward(layer, x)
 
 
 def _gated_forward(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -28,9 +28,9 @@ def load_model(
     """The model in `folder`, of the class that its configuration names, in evaluation mode. Only safetensors are read
     and no code of the folder is run.
 
-    quantize: "nf4" or "int8" lets the language model's linear layers, the head apart, hold the values that are kept of
-    them in so few bits: on a GPU packed, in 4.5 or 8 bits each, restored layer by layer; on a CPU, which has the room
-    and not the speed, restored once.
+    quantize: one of params.Quantize lets the language model's linear layers, the head apart, hold the values that are
+    kept of them in so few bits: on a GPU packed, in 4.5 or 8 bits each, restored layer by layer; on a CPU, which has
+    the room and not the speed, restored once.
 
     Raises Refusal where the model is of a family that no test has tried and packed rows are not right in it.
     """

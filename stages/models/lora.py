@@ -59,6 +59,8 @@ def twin(model: PeftModel) -> PreTrainedModel:
     """The model and its adapters once more, on the same weights: to be run while the one is trained, whatever is then
     changed of its layers' functions and of its configuration."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    states = [getattr(module, "quant_state", None) for module in model.modules()]  # with nf4's scales
+    shared |= {id(state): state for state in states if state is not None}
     return copy.deepcopy(model, shared).get_base_model().eval()
 
 

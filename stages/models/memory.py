@@ -20,9 +20,10 @@ HEAD_TOKENS = {"cpu": 128, "cuda": 2048}  # loss.py
 ROOM = 128  # generate.RoomyLayer
 GRAPHS, KEYS = 12, 4  # graphs.py: MOST, KEYS
 
+ERROR = 0.15  # of what is estimated here, at most (bench/results/gpus.json)
 # a weight's; nf4: 4 bits, and for each 64 weights a scale of 32; int8's scales are one a row
-QUANTIZED_BYTES = {"nf4": 4.5 / 8, "int8": 1.0}
-# where several processes share it: the scales stay quantized, 8 bits and a 256th of 32
+QUANTIZED_BYTES = {"nf4": 4.5 / 8, "nf4-single": 4.5 / 8, "int8": 1.0}
+# where several processes share it: nf4's scales stay quantized, 8 bits and a 256th of 32
 SHARED_BYTES = QUANTIZED_BYTES | {"nf4": 4.127 / 8}
 # What the process holds before any weights: Python, torch and what comes with it; on a GPU the context of CUDA and the
 # workspaces of its libraries, which PyTorch does not count among its own.
@@ -233,10 +234,10 @@ def layer_bytes(model: Shape, lora: Lora, dtype: str, fused_gpu: bool, longest: 
         if model.capped:  # _softcapped's bounded scores and softmax, of each query with each key of its row
             kept += model.heads * longest * (4 + 2 * b)
     kept += b * i * (2 if fused_gpu else 3) + (b * i if "down_proj" in own or not fused_gpu else 0)
-    if lora.dropout or lora.method == "dora":  # PEFT's forward: each adapter a float32 copy of what goes in, and a mask
-        kept += sum((4 + bool(lora.dropout)) * a for a, _ in own.values())
-        if lora.method == "dora":
-            kept += sum(2 * b * out for _, out in own.values())
+    if lora.dropout:  # of each element that goes into an adapter, whether it is kept
+        kept += sum(a for a, _ in own.values())
+    if lora.method == "dora":  # PEFT's forward: each adapter a float32 copy of what goes in
+        kept += sum(4 * a + 2 * b * out for a, out in own.values())
     return kept + b * lora.r * len(own)
 
 
@@ -286,7 +287,7 @@ def training(
 
 def sharding(model: Shape, params: Params, device: str, dtype: str, flash: bool, devices: int, room: float) -> bool:
     """Whether machine.shard_base shares the base out over `devices`; auto: on GPUs, where that can be, beside the whole
-    of it not even one row of encode.max_length fits into `room`, and beside a share of it one does."""
+    of it not even one row of encode.max_length is sure to fit into `room`, and beside a share of it one fits."""
     asked = params.machine.shard_base
     if asked != "auto" or device != "cuda" or devices == 1:
         return asked is True and devices > 1
@@ -297,7 +298,7 @@ def sharding(model: Shape, params: Params, device: str, dtype: str, flash: bool,
         training(model, params.lora, device, dtype, longest, longest, flash, shares=shares).needed
         for shares in (1, devices)
     )
-    return whole > room >= share
+    return whole > (1 - ERROR) * room and share <= room
 
 
 def most_tokens(
@@ -322,6 +323,20 @@ def most_tokens(
     return max(fit, default=None)
 
 
+def gpu_tokens_per_pack(
+    model: Shape | None, params: Params, dtype: str, flash: bool, room: float, shares: int = 1
+) -> int:
+    """machine.tokens_per_pack on a GPU of so much `room`; auto: TOKENS_PER_PACK, or fewer where only fewer fit beside
+    what answering takes meanwhile, the estimate's error allowed for; a row at least."""
+    asked = params.machine.tokens_per_pack
+    if asked != "auto" or model is None:
+        return TOKENS_PER_PACK["cuda"] if asked == "auto" else asked
+    longest, shared = params.encode.max_length, params.train.order == "shared"
+    room = (1 - ERROR) * room - beside(model, params, "cuda", dtype)
+    fit = most_tokens(model, params.lora, "cuda", dtype, longest, flash, shared, room, shares)
+    return min(TOKENS_PER_PACK["cuda"], fit or longest)
+
+
 def merging(model: Shape, params: Params, dtype: str) -> float:
     """Main memory that merging holds: a layer at a time, the vocabulary's among them, beside the logits of both models
     (merge.answers_logits), for answers of at most evaluate.max_new_tokens tokens."""
@@ -343,3 +358,15 @@ def answering(model: Shape, params: Params, device: str, dtype: str, prompt: int
     if model.capped:  # eager attention
         through += rows * model.heads * prompt**2 * (4 + size)
     return PROCESS[device] + weights(model, dtype, None) + held + max(through, rows * model.vocabulary * (size + 4))
+
+
+def beside(model: Shape, params: Params, device: str, dtype: str) -> float:
+    """What answering validation rows while training holds beyond what training does: keys and values, and the prompts'
+    way through a layer; 0 where nothing is answered (train.metric)."""
+    if params.train.metric != "score":
+        return 0.0
+    most = params.machine.rows_per_batch
+    rows = min(ROWS_PER_BATCH[device] if most == "auto" else most, params.train.metric_rows)
+    asked = params.model_copy(update={"machine": params.machine.model_copy(update={"rows_per_batch": rows})})
+    more = answering(model, asked, device, dtype, params.encode.max_length)
+    return more - weights(model, dtype, None) - PROCESS[device]

@@ -19,6 +19,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from stages.models.families import adaptable
 
+DOUBLE = {"nf4": True, "nf4-single": False}  # of 4 bits, whether their scales are quantized too
+
 
 def packing(config: transformers.PretrainedConfig, quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """What lets transformers pack the weights of the language model's linear layers, the head apart, as it loads
@@ -32,7 +34,7 @@ def packing(config: transformers.PretrainedConfig, quantize: str, dtype: torch.d
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=DOUBLE[quantize],
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=left_alone,
     )
@@ -61,8 +63,8 @@ def restore_scales(model: PreTrainedModel) -> None:
 def hold_packed(layer: torch.nn.Linear, weight: torch.Tensor, quantize: str) -> None:
     """Give the layer `weight` packed, the bytes that transformers' layers would hold, on a CPU too; it multiplies by
     the restored weight."""
-    if quantize == "nf4":
-        values, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    if quantize in DOUBLE:
+        values, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=DOUBLE[quantize])
         layer.weight = torch.nn.Parameter(values, requires_grad=False)
         layer.weight.quant_state = state
     else:
@@ -109,17 +111,21 @@ def round_weights(model: PreTrainedModel, quantize: str) -> None:
 
 def as_one_block(quantize: str, columns: int) -> bool:
     """Whether rows of so many elements are rounded otherwise where others stand before them: nf4's 64 go across."""
-    return quantize == "nf4" and columns % 64 != 0
+    return quantize in DOUBLE and columns % 64 != 0
 
 
 def kept_values(quantize: str, blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """A weight's blocks of rows with the values that are kept of them; `as_one_block` says when it must be one."""
-    return nf4_values(blocks) if quantize == "nf4" else int8_values(blocks)
+    """A weight's blocks of rows with the values that are kept of them; `as_one_block` says when it must be one.
+    quantize: one of params.Quantize."""
+    return int8_values(blocks) if quantize == "int8" else nf4_values(blocks, DOUBLE[quantize])
 
 
-def nf4_values(blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """NormalFloat4 with double quantization (Dettmers et al. 2023, "QLoRA"): the scales of each 64 elements are
+def nf4_values(blocks: Iterable[torch.Tensor], double: bool) -> Iterator[torch.Tensor]:
+    """NormalFloat4 (Dettmers et al. 2023, "QLoRA"); with double quantization the scales of each 64 elements are
     themselves quantized over the weight as a whole."""
+    if not double:
+        yield from (dequantize_4bit(*quantize_4bit(block, quant_type="nf4")) for block in blocks)
+        return
     packed, states = zip(*(quantize_4bit(block, quant_type="nf4") for block in blocks), strict=True)
     scales = torch.cat([state.absmax for state in states])
     mean = scales.mean()

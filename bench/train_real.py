@@ -1,11 +1,12 @@
-"""The default run's training on a CPU beside TRL's own and beside plain transformers, each in its own process.
+"""The default run's training, real model and real rows, beside TRL and plain transformers, each in its own process.
 
-    python -m bench.train_cpu FOLDER [VARIANT …]
+    python -m bench.train_real FOLDER [VARIANT …]
 
 FOLDER is a repository in which the pipeline has run up to encode, with its params.yaml. The first 50 steps of the
 default schedule (TRL: 10 steps of as many rows, of which the first two are not timed); the first variant again at the
 end, to show drift. `plain` is what the others must agree with: float32, transformers' eager attention, a row at a time,
-torch's AdamW. Writes bench/results/train_cpu.json.
+torch's AdamW; `plain-nf4` is that on the values that nf4 keeps. Writes bench/results/train_cpu.json, or on a GPU
+train_real_gpu.json.
 """
 
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
@@ -27,25 +28,37 @@ from trl import SFTConfig, SFTTrainer
 
 from bench.cpu_formats import cpu
 from bench.train import Counter, Marks
-from stages import timing, train
+from stages import train
 from stages.models.checkpoints import Run
-from stages.models.load import load_model
 from stages.models.fused import fuse
+from stages.models.graphs import compile_pieces
+from stages.models.load import load_model
 from stages.models.lora import add_adapters
 from stages.models.machine import resolve
+from stages.models.quantized import round_weights
 from stages.models.schedule import schedule
 from stages.models.tokens import read_rows
 from stages.outputs import write_json
 from stages.params import Params, load
 
-RESULTS = Path(__file__).parent / "results/train_cpu.json"
+RESULTS = Path(__file__).parent / "results"
 STEPS, TRL_STEPS, WARM = 50, 10, 2
 
 
-def ours(folder: Path, params: Params, rows: list[dict], dtype: str = "auto", order: str = "shared") -> dict:
+def ours(
+    folder: Path,
+    params: Params,
+    rows: list[dict],
+    dtype: str = "auto",
+    order: str = "shared",
+    quantize: str | None = None,
+) -> dict:
     machine = resolve(params.machine.model_copy(update={"dtype": dtype}))
-    model = add_adapters(load_model(folder, "cpu", machine.dtype), params.lora, params.train.seed)
+    base = load_model(folder, machine.device, machine.dtype, quantize=quantize)
+    model = add_adapters(base, params.lora, params.train.seed)
     fuse(model)
+    if machine.device == "cuda":
+        compile_pieces(model.get_base_model())
     steps = math.ceil(len(rows) / params.train.batch_size)
     settings = params.train.model_copy(update={"epochs": (STEPS - 0.5) / steps, "order": order, "validations": 1})
     marks = Marks()
@@ -64,8 +77,11 @@ def ours(folder: Path, params: Params, rows: list[dict], dtype: str = "auto", or
     }
 
 
-def plain(folder: Path, params: Params, rows: list[dict]) -> dict:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def plain(folder: Path, params: Params, rows: list[dict], quantize: str | None = None) -> dict:
+    device = resolve(params.machine).device
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to(device)
+    if quantize:
+        round_weights(model, quantize)
     model = add_adapters(model, params.lora, params.train.seed).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, params.train.learning_rate, weight_decay=params.train.weight_decay)
@@ -76,7 +92,7 @@ def plain(folder: Path, params: Params, rows: list[dict]) -> dict:
         supervised = sum(label != -100 for i in step for label in rows[i]["labels"])
         total = 0.0
         for i in step:
-            ids, labels = (torch.tensor([rows[i][name]]) for name in ("input_ids", "labels"))
+            ids, labels = (torch.tensor(rows[i][name], device=device)[None].long() for name in ("input_ids", "labels"))
             logits = model(input_ids=ids).logits[0, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum") / supervised
             loss.backward()
@@ -91,18 +107,19 @@ def plain(folder: Path, params: Params, rows: list[dict]) -> dict:
     return {"format": "float32", **rate(marks, counted), "losses": losses, "gradient_norms": norms}
 
 
-def trl(folder: Path, params: Params, rows: list[dict], bf16: bool) -> dict:
-    """TRL's trainer with its own defaults, at the same rows a step, rank and learning rate."""
+def trl(folder: Path, params: Params, rows: list[dict], bf16: bool, checkpointing: bool = False) -> dict:
+    """TRL's trainer at the same rows a step, rank and learning rate; all else its own defaults, activation
+    `checkpointing` among them where that is asked for."""
     marks = Marks()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = SFTConfig(
             output_dir=scratch,
             bf16=bf16,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             per_device_train_batch_size=params.train.batch_size,
             learning_rate=params.train.learning_rate,
             max_steps=TRL_STEPS,
-            gradient_checkpointing=False,
+            gradient_checkpointing=checkpointing,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -133,7 +150,7 @@ def rate(marks: Marks, tokens: list[int]) -> dict:
     return {
         "tokens_per_second": round(sum(tokens[WARM:]) / (marks.times[-1] - marks.times[WARM - 1]), 1),
         "first_step_seconds": round(marks.times[0] - marks.began, 1),
-        "peak_gib": timing.peak_gib(),
+        "peak_gib": round(train.memory_gib(torch.device("cuda" if torch.cuda.is_available() else "cpu")), 2),
     }
 
 
@@ -141,10 +158,13 @@ VARIANTS = {
     "ours": ours,
     "ours-float32": lambda *given: ours(*given, dtype="float32"),
     "ours-bfloat16": lambda *given: ours(*given, dtype="bfloat16"),
+    "ours-nf4": lambda *given: ours(*given, quantize="nf4"),
     "ours-shuffled": lambda *given: ours(*given, order="shuffled"),
     "trl": lambda *given: trl(*given, bf16=True),
+    "trl-defaults": lambda *given: trl(*given, bf16=True, checkpointing=True),
     "trl-float32": lambda *given: trl(*given, bf16=False),
     "plain": plain,
+    "plain-nf4": lambda *given: plain(*given, quantize="nf4"),
 }
 
 
@@ -159,22 +179,27 @@ def main(arguments: list[str]) -> None:
     found = []
     for name in [*names, names[0]]:
         done = subprocess.run(
-            [sys.executable, "-m", "bench.train_cpu", "one", arguments[0], name], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "bench.train_real", "one", arguments[0], name], stdout=subprocess.PIPE, text=True
         )
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         result = json.loads(lines[0][7:]) if lines else {"missing": f"exit status {done.returncode}"}
         found.append({"variant": name, "model": "Gemma 3 270M", **result})
         print({key: value for key, value in found[-1].items() if not isinstance(value, list)}, file=sys.stderr)
-    right = next((one["losses"] for one in found if one["variant"] == "plain" and "losses" in one), None)
+    right = {one["variant"]: one["losses"] for one in found if one["variant"].startswith("plain") and "losses" in one}
     for one in found:
         losses, norms = one.pop("losses", None), one.pop("gradient_norms", None)
+        beside = right.get("plain-nf4" if one["variant"].endswith("nf4") else "plain")
         if losses:
             one["smallest_gradient_norm"] = min(norms)
             one["last_loss"] = round(losses[-1], 5)
-        if losses and right and one["variant"] != "ours-shuffled":  # other rows a step
-            apart = [abs(a - b) for a, b in zip(losses, right, strict=True)]
+        if losses and beside and one["variant"] != "ours-shuffled":  # other rows a step
+            apart = [abs(a - b) for a, b in zip(losses, beside, strict=True)]
             one["loss_difference"] = {"mean": round(sum(apart) / len(apart), 6), "max": round(max(apart), 6)}
-    write_json(RESULTS, {"machine": {"cpu": cpu(), "threads": torch.get_num_threads()}, "rows": found})
+    machine = {"cpu": cpu(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    name = "train_real_gpu.json" if torch.cuda.is_available() else "train_cpu.json"
+    write_json(RESULTS / name, {"machine": machine, "rows": found})
 
 
 if __name__ == "__main__":
