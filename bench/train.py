@@ -199,6 +199,7 @@ def ours(
     shard_base: bool = False,
     deterministic: bool = False,
     dropout: float = 0.0,
+    optimizer: str = "adamw",
 ) -> dict:
     """shard_base: the processes of `ranks` share the base, whose weights are drawn as they are asked for.
     deterministic: as machine.deterministic; `adapter` in the result tells whether two runs gave the same bytes."""
@@ -230,7 +231,13 @@ def ours(
         compile_pieces(adapted.get_base_model())
     made = rows(rows_a_step * (WARM + MEASURED), MODELS[model].vocab_size)
     once = {"epochs": 1.0, "batch_size": rows_a_step, "order": "shuffled", "validations": 1}
-    plain = {"learning_rate": 1e-4, "lora_plus_ratio": 1.0, "schedule": "constant", "warmup_ratio": 0.0}
+    plain = {
+        "optimizer": optimizer,
+        "learning_rate": 1e-4,
+        "lora_plus_ratio": 1.0,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+    }
     settings = params.train.model_copy(update=once | plain)
     scratch = tempfile.mkdtemp()
     run = Run(Path(scratch) / "checkpoints", 10**6)
@@ -362,6 +369,7 @@ VARIANTS = {
     "ours": lambda model: ours(model),
     "ours-nf4": lambda model: ours(model, quantize="nf4"),
     **{name: partial(ours, tokens_per_pack=tokens) for name, tokens in TOKENS_PER_PACK.items()},
+    "ours-int8": lambda model: ours(model, quantize="int8", optimizer="adamw_8bit"),
     "ours-dropout": lambda model: ours(model, dropout=0.05),
     "ours-deterministic": lambda model: ours(model, deterministic=True),
     "ours-profiled": lambda model: ours(model, profiled=True),
