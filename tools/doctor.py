@@ -392,12 +392,7 @@ def check_memory(settings: Params, shape: memory.Shape, device: str, there: list
         formats = [settings.machine.dtype]
     else:  # on a CPU measured, by torch
         formats = ["bfloat16"] if device == "cuda" else ["float32", "bfloat16"]
-    devices = settings.machine.devices if settings.machine.devices != "auto" else max(1, len(there))
-    devices = min(devices, settings.train.batch_size)
-    if device == "cuda":
-        free, total = (min(getattr(card, kind) for card in there[:devices]) for kind in ("free", "total"))
-    else:
-        free, total = main_memory()
+    devices, free, total = training_on(settings, device, there)
     if settings.machine.shard_base is True and devices == 1 and settings.machine.rendezvous is None:
         found.problems.append("params.yaml: machine.shard_base is true, and one device trains; set it to auto")
     sharded = memory.sharding(shape, settings, device, formats[0], flash, devices, total)
@@ -441,11 +436,23 @@ def check_memory(settings: Params, shape: memory.Shape, device: str, there: list
     else:
         found.facts.append(f"memory: {line}")
     check_answering(settings, shape, device, dtype, free, where, found)
-    merging = memory.merging(shape, settings, "float32" if device == "cpu" else dtype)
-    spare, _ = main_memory()
-    if merging > spare:
+    check_merging(settings, shape, "float32" if device == "cpu" else dtype, found)
+
+
+def training_on(settings: Params, device: str, there: list[Gpu]) -> tuple[int, float, float]:
+    """How many devices train, and the least bytes that one of them has free and in all."""
+    devices = settings.machine.devices if settings.machine.devices != "auto" else max(1, len(there))
+    devices = min(devices, settings.train.batch_size)
+    if device != "cuda":
+        return devices, *main_memory()
+    return devices, min(card.free for card in there[:devices]), min(card.total for card in there[:devices])
+
+
+def check_merging(settings: Params, shape: memory.Shape, dtype: str, found: Found) -> None:
+    needed, (free, _) = memory.merging(shape, settings, dtype), main_memory()
+    if needed > free:
         found.warnings.append(
-            f"memory: merging takes up to {merging / GIB:.1f} GiB of main memory, of which {spare / GIB:.1f} GiB are "
+            f"memory: merging takes up to {needed / GIB:.1f} GiB of main memory, of which {free / GIB:.1f} GiB are "
             "free; lower merge.rows"
         )
 
