@@ -18,7 +18,7 @@ TPU := .venv-tpu
 
 run: $(INSTALLED)
 	@$(BIN)/python -m tools.doctor
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro $$($(BIN)/dvc config core.remote > /dev/null 2>&1 && echo --pull)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro $$(test -z "$$($(BIN)/dvc config core.remote 2>/dev/null)" || echo --pull)
 
 install: $(INSTALLED)
 

@@ -1,6 +1,7 @@
 """What all tools that a person types have alike, and what they ask of git and DVC."""
 
 import importlib
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -53,3 +54,19 @@ def test_what_git_has_not_is_told_by_its_name_however_odd(tmp_path, monkeypatch)
     assert set(repository.uncommitted(new=False)) == tracked
     assert set(repository.uncommitted()) == {*tracked, "new one", "stages/new"}
     assert repository.uncommitted("stages") == ["stages/new"]
+
+
+@pytest.mark.parametrize(("remote", "asked"), [("", "repro"), ("shared", "repro --pull")])
+def test_make_run_pulls_where_there_is_a_remote_and_else_does_not(tmp_path, remote, asked):
+    """DVC 3.67 says nothing of a remote that is not set, and calls that success."""
+    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
+    (tmp_path / "requirements.txt").touch()
+    programs = tmp_path / ".venv/bin"
+    programs.mkdir(parents=True)
+    dvc = f'#!/bin/sh\n[ "$1" = config ] && echo "{remote}" || echo "$@" > asked\n'
+    for name, text in (("dvc", dvc), ("python", "#!/bin/sh\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (tmp_path / ".venv/.installed").touch()
+    subprocess.run(["make", "run"], cwd=tmp_path, check=True)
+    assert (tmp_path / "asked").read_text().strip() == asked
