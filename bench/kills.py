@@ -1,15 +1,18 @@
 """A small pipeline's training, killed at random moments until it is done, again and again: are its bytes the same?
 
-    python -m bench.kills kills FOLDER [MINUTES]
+    python -m bench.kills kills FOLDER [MINUTES [BESIDE [FORMAT …]]]
     python -m bench.kills edits FOLDER
 
 kills: SIGKILL to the stage, to DVC, to their process group, at random moments and, while a checkpoint is being written,
-at once; after each, `dvc repro` goes on. The trainings take turns in FORMATS, with dropout and several packs a step.
+at once; after each, `dvc repro` goes on. The trainings take turns in the formats, all FORMATS unless named, with
+dropout and several packs a step.
 `lost_seconds_at_most` is the age of the newest checkpoint when the process that had written it was killed. edits:
 something that decides the result is changed after a kill, and no checkpoint of the state before may be used. Both on
 the tests' small model, in half an hour; they add `kills`, `identical`, `edits`, `stale_resumes` and more to
 bench/results/reliability.json. Where there is a GPU, kills trains on it, with machine.deterministic, and adds its
 counts as `gpu_kills`. MINUTES: after so many no new training is begun; each kind of kill has had its turn by seven.
+BESIDE: so many repositories are at it at the same time, each with its share of the kills; the counts are written
+whenever a training is done.
 """
 
 import contextlib
@@ -24,8 +27,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -38,6 +44,7 @@ from tests.test_resume import EDITS, Place, started
 from tests.test_train import write_tokens
 
 KILLS = 20  # of each kind
+KILLS_A_TRAINING = 7
 TARGETS = ("stage", "dvc", "group")
 PIPELINE = """
 stages:
@@ -69,8 +76,9 @@ FORMATS = {
 }
 GPU = torch.cuda.is_available()
 if GPU:
-    SETTINGS |= {"machine.device": "cuda", "machine.deterministic": True}
+    SETTINGS |= {"machine.device": "cuda", "machine.deterministic": True, "train.epochs": 120.0}
     del FORMATS["float32"]
+    KILLS_A_TRAINING = 5  # each begins with half a minute of its own
 
 
 class Repository:
@@ -89,6 +97,7 @@ class Repository:
             **{key: value for key, value in os.environ.items() if not key.startswith("DVC_")},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], cwd=folder, check=True)
 
@@ -205,21 +214,23 @@ def disturbed(repository: Repository, target: str, inside: bool, chance: random.
     return killed
 
 
-def campaign(repository: Repository, minutes: float) -> Counter:
-    """Each kind so often, in turns; a training is killed up to seven times, then ends."""
-    chance, counts, deadline = random.Random(0), Counter(), time.monotonic() + 60 * minutes
+def campaign(
+    repository: Repository, formats: list[str], minutes: float, kills: int, chance: random.Random, counts: Counter
+) -> Iterator[str]:
+    """Each kind so often, in turns; a training is killed up to KILLS_A_TRAINING times, then ends: its format."""
+    deadline = time.monotonic() + 60 * minutes
     clean = {}
-    for form in FORMATS:
+    for form in formats:
         repository.take(form)
         clean[form], _ = repository.finish()
         repository.forget()
-    turns, targets = itertools.cycle(FORMATS), itertools.cycle(TARGETS)
-    while any(counts[f"killed_{target}"] < KILLS for target in TARGETS) and time.monotonic() < deadline:
+    turns, targets = itertools.cycle(formats), itertools.cycle(TARGETS)
+    while any(counts[f"killed_{target}"] < kills for target in TARGETS) and time.monotonic() < deadline:
         form = next(turns)
         repository.take(form)
-        for target in itertools.islice(targets, 7):
+        for target in itertools.islice(targets, KILLS_A_TRAINING):
             done = counts[f"killed_{target}"]
-            if done < KILLS and not disturbed(repository, target, done % 3 == 0, chance, counts):
+            if done < kills and not disturbed(repository, target, done % 3 == 0, chance, counts):
                 break
         last, ended = repository.last_step(), (repository.folder / "dvc.lock").exists()
         digest, after = repository.finish()
@@ -227,8 +238,32 @@ def campaign(repository: Repository, minutes: float) -> Counter:
         counts["trainings"] += 1
         counts["identical"] += digest == clean[form]
         counts["not_from_the_last_checkpoint"] += after != last and not ended
-        print(form, dict(counts), file=sys.stderr, flush=True)
-    return counts
+        yield form
+
+
+def campaigns(folder: Path, minutes: str = "inf", beside: str = "1", *formats: str) -> None:
+    """So many at the same time; what all have counted."""
+    formats, number = list(formats) or list(FORMATS), int(beside)
+    repositories = [Repository(folder / f"repository{n}") for n in range(number)]
+    counts, writing = [Counter() for _ in repositories], threading.Lock()
+
+    def work(n: int) -> None:
+        given = formats, float(minutes), math.ceil(KILLS / number), random.Random(n), counts[n]
+        for form in campaign(repositories[n], *given):
+            with writing:
+                print(n, form, dict(counts[n]), file=sys.stderr, flush=True)
+                found = {
+                    **{"left_running": 0, "not_from_the_last_checkpoint": 0},
+                    **sum(counts, Counter()),
+                    "lost_seconds_at_most": max(one["lost_seconds_at_most"] for one in counts),
+                    "kills_interval_seconds": INTERVAL_SECONDS,
+                    "kills_formats": formats,
+                    "kills_settings": SETTINGS,
+                }
+                keep({"gpu_kills": {"device": torch.cuda.get_device_name(), **found}} if GPU else found)
+
+    with ThreadPoolExecutor(number) as pool:
+        list(pool.map(work, range(number)))
 
 
 def stale(folder: Path) -> dict[str, int]:
@@ -254,20 +289,12 @@ def main(arguments: list[str]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if what == "edits":
-        found = stale(folder)
+        keep(stale(folder))
     else:
-        repository = Repository(folder / "repository")
-        counts = campaign(repository, float(arguments[2]) if len(arguments) > 2 else math.inf)
-        found = {
-            "left_running": 0,
-            **counts,
-            "kills_interval_seconds": INTERVAL_SECONDS,
-            "kills_formats": list(FORMATS),
-            "kills_settings": SETTINGS,
-        }
-        if GPU:
-            found = {"gpu_kills": {"device": torch.cuda.get_device_name(), **found}}
-    print(json.dumps(found, indent=2))
+        campaigns(folder, *arguments[2:])
+
+
+def keep(found: dict) -> None:
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     write_json(RESULTS, {**known, **found})
 

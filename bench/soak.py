@@ -1,6 +1,6 @@
 """Does training hold more memory at its 2,000th step than at its 100th? Loader, packs, trainer and checkpoints, long.
 
-    python -m bench.soak [MODEL]            a shape of bench/train.py with random weights
+    python -m bench.soak [MODEL [GIB]]      a shape of bench/train.py with random weights; GIB: take no more of the GPU
 
 Rows are those of bench/train.py, their lengths lognormal and shuffled anew in each epoch, so that hardly two packs are
 of one size. On a GPU, MODEL is gemma3-270m unless named, packs are as large as stages/models/memory.py says the card
@@ -15,6 +15,7 @@ STEPS names, and on a GPU `allocated_gib` and `reserved_gib`, what PyTorch's ten
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -64,13 +65,12 @@ class Levels(TrainerCallback):
         print(f"step {state.global_step}: {now}", file=sys.stderr, flush=True)
 
 
-def most_tokens(folder: Path, lora, device: str) -> int:
-    """Of a pack: on a GPU, the most that stages/models/memory.py gives the card."""
+def most_tokens(folder: Path, lora, device: str, room: float) -> int:
+    """Of a pack: on a GPU, the most that stages/models/memory.py gives `room` bytes of the card."""
     if device == "cpu":
         return CPU_TOKENS
     shape = memory.shape(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    free, _ = torch.cuda.mem_get_info()
-    return memory.most_tokens(shape, lora, device, "bfloat16", LONGEST, True, False, ROOM * free)
+    return memory.most_tokens(shape, lora, device, "bfloat16", LONGEST, True, False, ROOM * room)
 
 
 def quarter(row: dict) -> dict:
@@ -81,14 +81,17 @@ def quarter(row: dict) -> dict:
     return {**tokens, "id": row["id"], "prompt_tokens": kept // 2}
 
 
-def soaked(model: str) -> dict:
+def soaked(model: str, gib: float = math.inf) -> dict:
     folder, params = bench.folder_of(model), load()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, room = "cuda" if torch.cuda.is_available() else "cpu", 0.0
     if device == "cuda":
         torch.cuda.empty_cache()  # of the random weights, where they were made just now
+        free, whole = torch.cuda.mem_get_info()
+        room = min(free, gib * memory.GIB)
+        torch.cuda.set_per_process_memory_fraction(room / whole)
     else:
         torch.set_num_threads(1)  # on weights this small, more only wait for one another
-    tokens = most_tokens(folder, params.lora, device)
+    tokens = most_tokens(folder, params.lora, device, room)
     there = {"device": device, "devices": 1, "dtype": "bfloat16", "tokens_per_pack": tokens}
     machine = resolve(params.machine.model_copy(update=there))
     adapted = add_adapters(load_model(folder, device, machine.dtype), params.lora, 0)
@@ -115,6 +118,7 @@ def soaked(model: str) -> dict:
     return {
         "model": model,
         "device": name,
+        **({"room_gib": round(room / memory.GIB, 1)} if room else {}),
         "tokens_per_pack": tokens,
         "rows_a_step": rows_a_step,
         "tokens_per_second": round(trainer.watch.tokens_per_second),
@@ -125,7 +129,7 @@ def soaked(model: str) -> dict:
 
 def main(arguments: list[str]) -> None:
     model = arguments[0] if arguments else "gemma3-270m" if torch.cuda.is_available() else "tiniest"
-    found = soaked(model)
+    found = soaked(model, *map(float, arguments[1:2]))
     print(json.dumps(found, indent=2))
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     same = ("model", "device")

@@ -18,7 +18,16 @@ from safetensors.torch import load_file, save_file
 from stages import train
 from stages.encode import SCHEMA
 from stages.models import checkpoints, room
-from stages.models.fused import KINDS, _DroppedLora, _FusedLora, _Gated, _gated_lora_forward, _WideLora, fuse
+from stages.models.fused import (
+    KINDS,
+    _DroppedLora,
+    _FusedLora,
+    _Gated,
+    _gated_lora_forward,
+    _WideLora,
+    fuse,
+    group_projections,
+)
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.lora import add_adapters, load_adapter
 from stages.models.machine import resolve
@@ -264,18 +273,27 @@ def test_an_activation_times_up_has_the_gradients_of_transformers_own(kind):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_gate_and_up_taken_together_have_the_gradients_of_one_after_the_other(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "together"),
+    [
+        ("gate_proj", lambda mlp: setattr(mlp, "forward", types.MethodType(_gated_lora_forward, mlp))),
+        ("q_proj", group_projections),
+    ],
+)
+def test_layers_of_one_input_taken_together_have_the_gradients_of_one_after_the_other(
+    tiny_model, tmp_path, part, together
+):
     rows = write_tokens(tmp_path / "rows.parquet", 6, 2)
     found = []
-    for together in (False, True):
+    for change in (None, together):
         model = add_adapters(load_model(tiny_model, "cpu", torch.float32), Lora(**LORA), seed=0).train()
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
         fuse(model)
-        for module in model.modules() if together else ():
-            if hasattr(module, "gate_proj"):
-                module.forward = types.MethodType(_gated_lora_forward, module)
+        for module in model.modules() if change else ():
+            if hasattr(module, part):
+                change(module)
         loss = sum(pack_loss(model.get_base_model(), piece) for piece in pack(rows, 200))
         loss.backward()
         found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))

@@ -4,9 +4,10 @@ PEFT writes an adapted layer as three products and two sums, transformers an MLP
 on a GPU those passes take longer than the products.
 """
 
+import functools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import peft
 import torch
@@ -157,6 +158,75 @@ def _one_of_two(weight: torch.Tensor, up: torch.Tensor, before: int, after: int,
     return torch.cat((weight, zeros[:, :before], up.to(dtype), zeros[:, before:]), dim=1)
 
 
+class _GroupedLora(torch.autograd.Function):
+    """Several adapted layers of one input as one product: [out of the first, of the second, …] side by side.
+
+    x and its gradient are read and written once, and layers that are too narrow to fill a GPU fill it together.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, scalings, *factors):
+        """scalings: of each layer; factors: of each W, A and B."""
+        weights, downs, ups = factors[::3], factors[1::3], factors[2::3]
+        down = torch.cat(downs).to(rows.dtype)
+        inner = rows @ down.T
+        ctx.save_for_backward(rows, inner, down, *weights, *ups)
+        ctx.scalings = scalings
+        return torch.cat((rows, inner), dim=1) @ _grouped(weights, ups, scalings, rows.dtype).T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, inner, down, *saved = ctx.saved_tensors
+        weights, ups = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        to_both = gradient @ _grouped(weights, ups, ctx.scalings, gradient.dtype)
+        to_inner = to_both[:, rows.shape[1] :]
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = torch.addmm(to_both[:, : rows.shape[1]], to_inner, down)
+        to_down = (to_inner.T @ rows).float()
+        to_all_ups = gradient.T @ inner
+        found, row, column = [], 0, 0
+        for up, scaling in zip(ups, ctx.scalings, strict=True):
+            out, rank = up.shape
+            to_up = to_all_ups[row : row + out, column : column + rank].float() * scaling
+            found += [None, to_down[column : column + rank], to_up]
+            row, column = row + out, column + rank
+        return to_x, None, *found
+
+
+def _grouped(weights: Sequence, ups: Sequence, scalings: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """[W, B of all]: [sum of out, in + sum of r], each layer's s·B in its own rows and columns."""
+    dense_weights = torch.cat([dense(weight, dtype) for weight in weights])
+    scaled = [(up * scaling).to(dtype) for up, scaling in zip(ups, scalings, strict=True)]
+    return torch.cat((dense_weights, torch.block_diag(*scaled)), dim=1)
+
+
+class _Group:
+    """Adapted layers of one input: whichever is asked first computes all, the others hand out their parts."""
+
+    def __init__(self, layers: list[peft.tuners.lora.LoraLayer]):
+        self.layers = layers
+        self.x: torch.Tensor | None = None
+        self.parts: dict[int, torch.Tensor] = {}
+
+    def part(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        if self.x is not x or number not in self.parts:
+            factors = [_factors(layer) for layer in self.layers]
+            scalings = tuple(layer[3] for layer in factors)
+            whole = _GroupedLora.apply(
+                x.reshape(-1, x.shape[-1]), scalings, *(f for layer in factors for f in layer[:3])
+            )
+            widths = [layer.out_features for layer in self.layers]
+            *parts, last = whole.reshape(*x.shape[:-1], -1).split(widths, dim=-1)
+            # values are kept for the way back, and would keep queries and keys with them
+            self.x, self.parts = x, dict(enumerate([*parts, last.contiguous()]))
+        part = self.parts.pop(number)
+        if not self.parts:
+            self.x = None
+        bias = self.layers[number].get_base_layer().bias
+        return part if bias is None else part + bias
+
+
 class _Gated(torch.autograd.Function):
     """act(gate)·up in one pass over memory each way."""
 
@@ -211,10 +281,20 @@ def fuse(model: PeftModel) -> None:
             plain = _wide_forward if wide else _fused_forward
             layer.forward = types.MethodType(_dropped_forward if _chance(layer) else plain, layer)
     for module in model.modules() if cuda else ():
+        group_projections(module)
         if _is_gated(module, model.device, model.dtype):
             plain = all(_takes_part(layer) for layer in (module.gate_proj, module.up_proj))
             module.forward = types.MethodType(_gated_lora_forward if plain else _gated_forward, module)
     model.train(training)
+
+
+def group_projections(attention: torch.nn.Module) -> None:
+    """Let an attention's queries, keys and values be one product, where it has them and all have plain adapters."""
+    layers = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    if all(_is_plain(layer) and not _chance(layer) for layer in layers):
+        group = _Group(layers)
+        for number, layer in enumerate(layers):
+            layer.forward = functools.partial(group.part, number)
 
 
 def _is_plain(layer: torch.nn.Module | None) -> bool:

@@ -42,6 +42,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), at_once):
             rows = slice(start, start + at_once)
             if cuda:
+                _choose_kernels(len(weight), weight.dtype, softcap)
                 product = hidden[rows] @ weight.T
                 losses[rows] = any_length(losses_in_one)(product, targets[rows, None], softcap)
             else:
@@ -92,6 +93,14 @@ def losses_in_one(product: torch.Tensor, index: torch.Tensor, softcap: float | N
     found = (mass - logits.gather(1, index))[:, 0]
     product.copy_(gradient)
     return found
+
+
+@functools.cache
+def _choose_kernels(vocabulary: int, dtype: torch.dtype, softcap: float | None) -> None:
+    """Have the compiler choose among its kernels on a few tokens: it tries them on copies of what they overwrite, for
+    which there is no room beside TOKENS_AT_ONCE of them where packs are as large as fit."""
+    product = torch.zeros(STEP, vocabulary, dtype=dtype, device="cuda")
+    any_length(losses_in_one)(product, torch.zeros(STEP, 1, dtype=torch.long, device="cuda"), softcap)
 
 
 def head_loss(

@@ -221,7 +221,7 @@ def layer_bytes(model: Shape, lora: Lora, dtype: str, fused_gpu: bool, longest: 
     wide = b if fused_gpu else 4
     kept = model.norms * wide * h
     if model.kind in QUERY_NORMS:
-        kept += wide * (q + k)
+        kept += wide * (q + k) + (b * k if fused_gpu else 0)  # values stand beside them (fused._Group)
     if own.keys() & {"q_proj", "k_proj", "v_proj"}:
         kept += b * h  # what goes into them, once
     if own.keys() & {"gate_proj", "up_proj"}:
