@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench import train as bench
 from stages import train
 from stages.models.checkpoints import Run
-from stages.models.graphs import compile_pieces, size_of
+from stages.models.graphs import compile_pieces
 from stages.models.load import load_model
 from stages.models.fused import fuse
 from stages.models.lora import add_adapters
@@ -129,7 +129,8 @@ def judged(found: dict) -> dict:
     lora = load().lora.model_copy(update=asked)
     device = "cpu" if found["device"] == "cpu" else "cuda"
     shape = memory.shape(config)
-    expected = memory.training(shape, lora, device, found["format"], found["tokens"], found["longest"])
+    row = found.get("row", found["longest"])
+    expected = memory.training(shape, lora, device, found["format"], found["tokens"], row)
     errors = {"error": expected.peak / memory.GIB / found["peak_gib"] - 1}
     needed = {}
     if "held_gib" in found:
@@ -137,6 +138,11 @@ def judged(found: dict) -> dict:
         errors["needed_error"] = expected.needed / memory.GIB / found["held_gib"] - 1
     errors = {name: round(error, 3) for name, error in errors.items()}
     return found | {"estimated_gib": round(expected.peak / memory.GIB, 2), **needed, **errors}
+
+
+def row_of(piece) -> int:
+    """The tokens of a row of which a pack would hold as many scores as this one's rows do."""
+    return round(sum((segment.end - segment.start) ** 2 for segment in piece.segments) / len(piece))
 
 
 def earlier() -> list[dict]:
@@ -153,9 +159,10 @@ def earlier() -> list[dict]:
             {
                 "model": run["model"],
                 "format": "bfloat16",
-                "tokens": size_of(max(map(len, packs))),
+                "tokens": max(map(len, packs)),
                 "longest": max(len(row["input_ids"]) for row in made),
-                **({"quantize": "nf4"} if run["variant"] == "ours-nf4" else {}),
+                "row": max(map(row_of, packs)),
+                **({"quantize": run["variant"][5:]} if run["variant"][5:] in memory.QUANTIZED_BYTES else {}),
                 **({"dropout": 0.05} if run["variant"] == "ours-dropout" else {}),
                 "device": run["device"],
                 "peak_gib": run["peak_gib"],

@@ -127,9 +127,11 @@ def test_what_a_layer_keeps_for_the_way_back_is_what_autograd_keeps(tmp_path, ki
     model(config(vocab_size=512, num_hidden_layers=4, **WIDE)).save_pretrained(tmp_path)
     kept, shape = kept_bytes(tmp_path, dtype), shape_of(tmp_path)
     name = str(dtype).removeprefix("torch.")
-    expected = 256 * shape.layers * memory.layer_bytes(shape, lora(r=8), name, False, 64, False)
+    expected = 256 * shape.layers * memory.layer_bytes(shape, lora(r=8), name, False, False, 64, False)
     assert expected == pytest.approx(kept, rel=GUESSED)
-    dropped, plain = (memory.layer_bytes(shape, lora(r=8, dropout=p), name, False, 64, False) for p in (0.1, 0.0))
+    dropped, plain = (
+        memory.layer_bytes(shape, lora(r=8, dropout=p), name, False, False, 64, False) for p in (0.1, 0.0)
+    )
     more = kept_bytes(tmp_path, dtype, dropout=0.1) - kept
     assert 256 * shape.layers * (dropped - plain) == pytest.approx(more, rel=0.02)
 

@@ -210,30 +210,30 @@ def recorded_size(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def layer_bytes(model: Shape, lora: Lora, dtype: str, fused_gpu: bool, longest: int, shared: bool) -> float:
+def layer_bytes(model: Shape, lora: Lora, dtype: str, compiled: bool, flash: bool, longest: int, shared: bool) -> float:
     """What one token of a row of `longest` leaves behind in one layer for the way back.
 
-    fused_gpu: norms, rotary embedding and gate are compiled, and attention is one flash kernel (graphs.py, fused.py,
-    attention.py); otherwise norms and attention keep copies in float32, and the gate keeps all its steps.
+    compiled: norms, rotary embedding and gate are, as on every GPU (graphs.py, fused.py); otherwise norms and attention
+    keep copies in float32, and the gate keeps all its steps. flash: attention is one kernel (attention.py).
     """
     b, h, i, q, k = SIZES[dtype], model.hidden, model.inner, model.queries, model.keys
     own = adapted(model, lora)
-    wide = b if fused_gpu else 4
+    wide = b if compiled else 4
     kept = model.norms * wide * h
     if model.kind in QUERY_NORMS:
-        kept += wide * (q + k) + (b * k if fused_gpu else 0)  # values stand beside them (fused._Group)
+        kept += wide * (q + k) + (b * k if compiled else 0)  # values stand beside them (fused._Group)
     if own.keys() & {"q_proj", "k_proj", "v_proj"}:
         kept += b * h  # what goes into them, once
     if own.keys() & {"gate_proj", "up_proj"}:
         kept += b * h
     keys = (KEYS if shared else 1) * k
-    if fused_gpu:
+    if flash:
         kept += b * (q + 2 * keys + q) + 4 * model.heads
     else:
-        kept += 4 * (q + 2 * q + q) + (b * q if "o_proj" in own else 0)  # keys and values once for each query's head
+        kept += wide * (q + 2 * q + q) + (b * q if "o_proj" in own else 0)  # keys and values once for each query's head
         if model.capped:  # _softcapped's bounded scores and softmax, of each query with each key of its row
             kept += model.heads * longest * (4 + 2 * b)
-    kept += b * i * (2 if fused_gpu else 3) + (b * i if "down_proj" in own or not fused_gpu else 0)
+    kept += b * i * (2 if compiled else 3) + (b * i if "down_proj" in own or not compiled else 0)
     if lora.dropout:  # of each element that goes into an adapter, whether it is kept
         kept += sum(a for a, _ in own.values())
     if lora.method == "dora":  # PEFT's forward: each adapter a float32 copy of what goes in
@@ -268,7 +268,7 @@ def training(
     )  # values, gradients, two moments; copies in the model's format
     if recorded:
         adapters += GRAPHS * 4 * own
-    layer = layer_bytes(model, lora, dtype, fused, longest, shared)
+    layer = layer_bytes(model, lora, dtype, gpu, fused, longest, shared)
     # layers that are computed again keep what goes into them
     kept = model.layers * layer if shares == 1 else model.layers * model.hidden * size + layer
     activations = tokens * kept
