@@ -383,14 +383,17 @@ VARIANTS = {
         gradient_checkpointing=False,
     ),
     # Gemma 2's bounded scores: torch's own attention leaves the bound out, and rows of a pack see each other
-    "trl-eager": lambda model: trl(
-        model,
-        False,
-        attention="eager",
-        per_device_train_batch_size=4,
-        max_length=2048,
-        gradient_checkpointing=False,
-    ),
+    **{
+        name: partial(
+            trl,
+            quantized=False,
+            attention="eager",
+            per_device_train_batch_size=rows_at_once,
+            max_length=2048,
+            gradient_checkpointing=checkpointing,
+        )
+        for name, rows_at_once, checkpointing in (("trl-eager", 1, False), ("trl-eager-checkpointed", 4, True))
+    },
     "trl-nf4": lambda model: trl(
         model,
         True,
