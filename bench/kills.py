@@ -69,6 +69,10 @@ SETTINGS = {
     "machine.tokens_per_pack": 100,
     "machine.checkpoint_minutes": INTERVAL_SECONDS / 60,
 }
+COUNTED = (
+    *("kills", *(f"killed_{target}" for target in TARGETS), "inside_a_checkpoint", "while_training", "left_running"),
+    *("trainings", "identical", "not_from_the_last_checkpoint"),
+)
 FORMATS = {
     "float32": {"machine.dtype": "float32", "lora.quantize": None},
     "bfloat16": {"machine.dtype": "bfloat16", "lora.quantize": None},
@@ -253,8 +257,8 @@ def campaigns(folder: Path, minutes: str = "inf", beside: str = "1", *formats: s
             with writing:
                 print(n, form, dict(counts[n]), file=sys.stderr, flush=True)
                 found = {
-                    **{"left_running": 0, "not_from_the_last_checkpoint": 0},
-                    **sum(counts, Counter()),
+                    **dict.fromkeys(COUNTED, 0),
+                    **sum(map(Counter, counts), Counter()),
                     "lost_seconds_at_most": max(one["lost_seconds_at_most"] for one in counts),
                     "kills_interval_seconds": INTERVAL_SECONDS,
                     "kills_formats": formats,

@@ -92,6 +92,8 @@ def soaked(model: str, gib: float = math.inf) -> dict:
     else:
         torch.set_num_threads(1)  # on weights this small, more only wait for one another
     tokens = most_tokens(folder, params.lora, device, room)
+    if tokens is None:
+        sys.exit(f"{gib:g} GiB: by the estimate not one row of {LONGEST} tokens of {model} fits; take more")
     there = {"device": device, "devices": 1, "dtype": "bfloat16", "tokens_per_pack": tokens}
     machine = resolve(params.machine.model_copy(update=there))
     adapted = add_adapters(load_model(folder, device, machine.dtype), params.lora, 0)
@@ -132,8 +134,8 @@ def main(arguments: list[str]) -> None:
     found = soaked(model, *map(float, arguments[1:2]))
     print(json.dumps(found, indent=2))
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    same = ("model", "device")
-    others = [one for one in known.get("soak", []) if any(one[key] != found[key] for key in same)]
+    same = ("model", "device", "room_gib")
+    others = [one for one in known.get("soak", []) if any(one.get(key) != found.get(key) for key in same)]
     write_json(RESULTS, {**known, "soak": [*others, found]})
 
 

@@ -6,7 +6,7 @@ Each variant is a process, timed from its start to its exit; of both, rows and m
 FOLDER. `ours` is the train stage's command in dvc.yaml, on rows that encode has made, with one validation of 100 rows
 at its end. `unsloth` is bench/peer_unsloth.py, which tokenizes its rows itself (`tokenize` of its `seconds_of`), as its
 users wait for it, and validates nothing. Same rows, one epoch, 48 rows a step, rank 16 on all linear layers; ours
-learns the answers, Unsloth every token, of which its rows have two more: a line's end and <eos>. Weights are random.
+learns the answers, Unsloth every token, of which its rows have one more. Weights are random.
 
 A process begins with no compiled code kept from before; a name that ends in -again keeps what the one before left.
 

@@ -5,6 +5,7 @@ on a GPU those passes take longer than the products.
 """
 
 import functools
+import itertools
 import math
 import types
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from peft import PeftModel
 from transformers.activations import GELUTanh, SiLUActivation
 
 from stages.models.compiled import any_length
+from stages.models.families import FAMILIES
 from stages.models.quantized import dense
 
 
@@ -216,8 +218,10 @@ class _Group:
             whole = _GroupedLora.apply(
                 x.reshape(-1, x.shape[-1]), scalings, *(f for layer in factors for f in layer[:3])
             )
-            widths = [layer.out_features for layer in self.layers]
-            *parts, last = whole.reshape(*x.shape[:-1], -1).split(widths, dim=-1)
+            whole = whole.reshape(*x.shape[:-1], -1)
+            ends = list(itertools.accumulate(layer.out_features for layer in self.layers))
+            # not by split, whose parts autograd lets no model change in place
+            *parts, last = (whole[..., start:end] for start, end in itertools.pairwise([0, *ends]))
             # values are kept for the way back, and would keep queries and keys with them
             self.x, self.parts = x, dict(enumerate([*parts, last.contiguous()]))
         part = self.parts.pop(number)
@@ -281,7 +285,8 @@ def fuse(model: PeftModel) -> None:
             plain = _wide_forward if wide else _fused_forward
             layer.forward = types.MethodType(_dropped_forward if _chance(layer) else plain, layer)
     for module in model.modules() if cuda else ():
-        group_projections(module)
+        if model.get_base_model().config.model_type in FAMILIES:  # others may ask them of other inputs
+            group_projections(module)
         if _is_gated(module, model.device, model.dtype):
             plain = all(_takes_part(layer) for layer in (module.gate_proj, module.up_proj))
             module.forward = types.MethodType(_gated_lora_forward if plain else _gated_forward, module)

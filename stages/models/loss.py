@@ -98,9 +98,10 @@ def losses_in_one(product: torch.Tensor, index: torch.Tensor, softcap: float | N
 @functools.cache
 def _choose_kernels(vocabulary: int, dtype: torch.dtype, softcap: float | None) -> None:
     """Have the compiler choose among its kernels on a few tokens: it tries them on copies of what they overwrite, for
-    which there is no room beside TOKENS_AT_ONCE of them where packs are as large as fit."""
-    product = torch.zeros(STEP, vocabulary, dtype=dtype, device="cuda")
-    any_length(losses_in_one)(product, torch.zeros(STEP, 1, dtype=torch.long, device="cuda"), softcap)
+    which there is no room beside TOKENS_AT_ONCE of them where packs are as large as fit. Of fewer tokens than two for
+    each of the GPU's 132 or so multiprocessors it would take a sum over the vocabulary apart."""
+    product = torch.zeros(2 * STEP, vocabulary, dtype=dtype, device="cuda")
+    any_length(losses_in_one)(product, torch.zeros(2 * STEP, 1, dtype=torch.long, device="cuda"), softcap)
 
 
 def head_loss(

@@ -221,7 +221,7 @@ def layer_bytes(model: Shape, lora: Lora, dtype: str, compiled: bool, flash: boo
     wide = b if compiled else 4
     kept = model.norms * wide * h
     if model.kind in QUERY_NORMS:
-        kept += wide * (q + k) + (b * k if compiled else 0)  # values stand beside them (fused._Group)
+        kept += wide * (q + k) + (b * k if compiled else 0)  # values, where the three are one product
     if own.keys() & {"q_proj", "k_proj", "v_proj"}:
         kept += b * h  # what goes into them, once
     if own.keys() & {"gate_proj", "up_proj"}:
