@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench import train as bench
 from stages import train
 from stages.models.checkpoints import Run
-from stages.models.graphs import compile_pieces
+from stages.models.compiled import compile_pieces
 from stages.models.load import load_model
 from stages.models.fused import fuse
 from stages.models.lora import add_adapters

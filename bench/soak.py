@@ -30,7 +30,7 @@ from bench.cpu_formats import cpu
 from stages import train
 from stages.models.checkpoints import Run
 from stages.models.fused import fuse
-from stages.models.graphs import compile_pieces
+from stages.models.compiled import compile_pieces
 from stages.models.load import load_model
 from stages.models.lora import add_adapters
 from stages.models.machine import resolve

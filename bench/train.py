@@ -205,8 +205,8 @@ def ours(
     deterministic: as machine.deterministic; `adapter` in the result tells whether two runs gave the same bytes."""
     from stages import train
     from stages.models.checkpoints import Run
+    from stages.models.compiled import compile_pieces
     from stages.models.fused import fuse
-    from stages.models.graphs import compile_pieces
     from stages.models.load import load_model
     from stages.models.lora import add_adapters
     from stages.models.machine import add_in_one_order, resolve

@@ -44,8 +44,9 @@ from stages import timing
 from stages.models.attention import takes_flash
 from stages.models.checkpoints import Checkpoint, Run, checksums, opened, surroundings
 from stages.models.families import family
-from stages.models.graphs import Graphs, compile_pieces, own_gradients
+from stages.models.graphs import Graphs, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
+from stages.models.compiled import compile_pieces
 from stages.models.fused import fuse
 from stages.models.lora import add_adapters, embedding_trained, save_adapter, token_ids, twin
 from stages.models.machine import Resolved, add_in_one_order, resolve_training

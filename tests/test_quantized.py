@@ -14,7 +14,7 @@ from stages.models.fused import _FusedLora, _WideLora, fuse
 from stages.models.load import load_model, pack_loss
 from stages.models.lora import add_adapters, twin
 from stages.models.packs import IGNORED, pack
-from stages.models.quantized import dense, kept_values, multiply_restored, packing, restore_scales
+from stages.models.quantized import dense, kept_values, multiply_restored, packing, restore_scales, restored
 from stages.params import Lora, Quantize
 from tests.conftest import LORA
 
@@ -40,6 +40,14 @@ def test_scales_that_are_restored_once_give_the_weights_that_those_restored_each
     assert not any(layer.weight.quant_state.nested for layer in layers)
     for layer, weight in zip(layers, before, strict=True):
         assert torch.equal(dense(layer.weight, dtype), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(330, 128), (3, 7, 64)])
+def test_4_bit_values_are_restored_bit_for_bit_as_bitsandbytes_restores_them(shape, dtype):
+    packed, state = quantize_4bit(drawn(*shape, dtype=dtype), quant_type="nf4", compress_statistics=False)
+    found = restored(packed, state.absmax, state.code, state.blocksize, state.shape, dtype)
+    assert torch.equal(found, dequantize_4bit(packed, state))
 
 
 def test_a_model_that_answers_while_it_trains_has_no_second_copy_of_nf4s_scales(tiny_model):

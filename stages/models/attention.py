@@ -96,7 +96,7 @@ def _flash(
     window: int | None,
 ) -> torch.Tensor:
     """The same by PyTorch's flash attention over rows of different lengths: one kernel for all segments."""
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
     if sight.index is not None:
         # of keys that no segment sees the kernel leaves the gradient as it finds the memory
         seen = (torch.arange(len(sight.index), device=key.device) < sight.keys[-1])[:, None, None]

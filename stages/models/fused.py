@@ -5,18 +5,18 @@ on a GPU those passes take longer than the products.
 """
 
 import functools
-import itertools
 import math
 import types
 from collections.abc import Callable, Sequence
 
 import peft
 import torch
+import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from transformers.activations import GELUTanh, SiLUActivation
 
-from stages.models.compiled import any_length
+from stages.models.compiled import any_length, any_weight
 from stages.models.families import FAMILIES
 from stages.models.quantized import dense
 
@@ -42,12 +42,19 @@ class _FusedLora(torch.autograd.Function):
         rows, weight, down, up, inner = ctx.saved_tensors
         to_inner = (gradient @ up).mul_(ctx.scaling)
         to_x = None
-        if ctx.needs_input_grad[0] and weight.shape[0] < rows.shape[1] and gradient.is_cuda:
+        if ctx.needs_input_grad[0] and len(up) < rows.shape[1] and gradient.is_cuda:
             to_x = torch.cat((gradient, to_inner), dim=1) @ torch.cat((dense(weight, down.dtype), down))
         elif ctx.needs_input_grad[0]:
             to_x = (gradient @ dense(weight, gradient.dtype)).addmm_(to_inner, down)
-        to_up = (gradient.T @ inner).mul_(ctx.scaling)
-        return to_x, None, (to_inner.T @ rows).float(), to_up.float(), None
+        to_up = _of_tokens(gradient, inner).mul_(ctx.scaling)
+        return to_x, None, _of_tokens(to_inner, rows), to_up, None
+
+
+def _of_tokens(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """gradientᵀ·x in float32, as adapters are: [out, in] of [T, out] and [T, in]."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(gradient.T, x, out_dtype=torch.float32)  # which a CPU does not know
+    return (gradient.T @ x).float()
 
 
 class _DroppedLora(torch.autograd.Function):
@@ -74,9 +81,9 @@ class _DroppedLora(torch.autograd.Function):
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = _of(add_kept, rows)(gradient @ dense(weight, gradient.dtype), to_inner @ down, kept, ctx.more)
-        to_up = (gradient.T @ inner).mul_(ctx.scaling)
+        to_up = _of_tokens(gradient, inner).mul_(ctx.scaling)
         dropped = _of(kept_of, rows)(rows, kept, ctx.more)
-        return to_x, None, (to_inner.T @ dropped).float(), to_up.float(), None, None
+        return to_x, None, _of_tokens(to_inner, dropped), to_up, None, None
 
 
 def kept_of(x: torch.Tensor, kept: torch.Tensor, more: float) -> torch.Tensor:
@@ -102,23 +109,43 @@ class _WideLora(torch.autograd.Function):
         inner = rows @ down.T
         ctx.save_for_backward(rows, weight, down, up, inner)
         ctx.scaling = scaling
-        return torch.cat((rows, inner), dim=1) @ _beside(weight, up, scaling, rows.dtype).T
+        return torch.cat((rows, inner), dim=1) @ _beside([weight], [up], [scaling], rows.dtype).T
 
     @staticmethod
     def backward(ctx, gradient):
         rows, weight, down, up, inner = ctx.saved_tensors
-        to_both = gradient @ _beside(weight, up, ctx.scaling, gradient.dtype)
+        to_both = gradient @ _beside([weight], [up], [ctx.scaling], gradient.dtype)
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = torch.addmm(to_both[:, : rows.shape[1]], to_inner, down)
-        to_up = (gradient.T @ inner).float() * ctx.scaling
-        return to_x, None, (to_inner.T @ rows).float(), to_up, None
+            to_x = to_both[:, : rows.shape[1]].addmm_(to_inner, down)
+        to_up = _of_tokens(gradient, inner).mul_(ctx.scaling)
+        return to_x, None, _of_tokens(to_inner, rows), to_up, None
 
 
-def _beside(weight: torch.Tensor, up: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-    """[W, s·B]: [out, in + r]."""
-    return torch.cat((dense(weight, dtype), (up * scaling).to(dtype)), dim=1)
+def _beside(
+    weights: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    dtype: torch.dtype,
+    before: int = 0,
+    after: int = 0,
+) -> torch.Tensor:
+    """beside() of weights as they are held."""
+    return _of(beside, ups[0], any_weight)([dense(weight, dtype) for weight in weights], ups, scalings, before, after)
+
+
+def beside(
+    weights: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    before: int = 0,
+    after: int = 0,
+) -> torch.Tensor:
+    """[W, s·B]: [out, in + r]; of several layers one below the other, each s·B in columns of its own, 0 elsewhere.
+    before, after: columns of 0 on both sides of these."""
+    scaled = [(up * scaling).to(weights[0].dtype) for up, scaling in zip(ups, scalings, strict=True)]
+    return torch.cat((torch.cat(weights), F.pad(torch.block_diag(*scaled), (before, after))), dim=1)
 
 
 class _GatedLora(torch.autograd.Function):
@@ -130,8 +157,8 @@ class _GatedLora(torch.autograd.Function):
         downs = torch.cat((gate_down, up_down)).to(rows.dtype)
         inner = rows @ downs.T
         both = torch.cat((rows, inner), dim=1)
-        gate = both @ _one_of_two(gate_weight, gate_up * scalings[0], 0, len(up_down), rows.dtype).T
-        up = both @ _one_of_two(up_weight, up_up * scalings[1], len(gate_down), 0, rows.dtype).T
+        gate = both @ _beside([gate_weight], [gate_up], scalings[:1], rows.dtype, after=len(up_down)).T
+        up = both @ _beside([up_weight], [up_up], scalings[1:], rows.dtype, before=len(gate_down)).T
         ctx.save_for_backward(rows, inner, gate, up, downs, gate_weight, up_weight, gate_up, up_up)
         ctx.scalings, ctx.kind = scalings, kind
         return _of(gated, gate)(gate, up, kind)
@@ -141,23 +168,16 @@ class _GatedLora(torch.autograd.Function):
         rows, inner, gate, up, downs, gate_weight, up_weight, gate_up, up_up = ctx.saved_tensors
         first, second = gate_up.shape[1], up_up.shape[1]
         to_gate, to_up = _of(gated_backward, gradient)(gradient, gate, up, ctx.kind)
-        to_both = to_gate @ _one_of_two(gate_weight, gate_up * ctx.scalings[0], 0, second, rows.dtype)
-        to_both.addmm_(to_up, _one_of_two(up_weight, up_up * ctx.scalings[1], first, 0, rows.dtype))
+        to_both = to_gate @ _beside([gate_weight], [gate_up], ctx.scalings[:1], rows.dtype, after=second)
+        to_both.addmm_(to_up, _beside([up_weight], [up_up], ctx.scalings[1:], rows.dtype, before=first))
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = torch.addmm(to_both[:, : rows.shape[1]], to_inner, downs)
-        to_downs = (to_inner.T @ rows).float()
-        to_gate_up = (to_gate.T @ inner[:, :first]).float() * ctx.scalings[0]
-        to_up_up = (to_up.T @ inner[:, first:]).float() * ctx.scalings[1]
+            to_x = to_both[:, : rows.shape[1]].addmm_(to_inner, downs)
+        to_downs = _of_tokens(to_inner, rows)
+        to_gate_up = _of_tokens(to_gate, inner[:, :first]).mul_(ctx.scalings[0])
+        to_up_up = _of_tokens(to_up, inner[:, first:]).mul_(ctx.scalings[1])
         return to_x, None, None, to_downs[:first], to_downs[first:], to_gate_up, to_up_up, None, None
-
-
-def _one_of_two(weight: torch.Tensor, up: torch.Tensor, before: int, after: int, dtype: torch.dtype) -> torch.Tensor:
-    """[W, B]: [out, in + before + r + after], zero where the other layer's x·Aᵀ stands."""
-    weight = dense(weight, dtype)
-    zeros = weight.new_zeros(len(weight), before + after)
-    return torch.cat((weight, zeros[:, :before], up.to(dtype), zeros[:, before:]), dim=1)
 
 
 class _GroupedLora(torch.autograd.Function):
@@ -174,33 +194,26 @@ class _GroupedLora(torch.autograd.Function):
         inner = rows @ down.T
         ctx.save_for_backward(rows, inner, down, *weights, *ups)
         ctx.scalings = scalings
-        return torch.cat((rows, inner), dim=1) @ _grouped(weights, ups, scalings, rows.dtype).T
+        return torch.cat((rows, inner), dim=1) @ _beside(weights, ups, scalings, rows.dtype).T
 
     @staticmethod
     def backward(ctx, gradient):
         rows, inner, down, *saved = ctx.saved_tensors
         weights, ups = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        to_both = gradient @ _grouped(weights, ups, ctx.scalings, gradient.dtype)
+        to_both = gradient @ _beside(weights, ups, ctx.scalings, gradient.dtype)
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = torch.addmm(to_both[:, : rows.shape[1]], to_inner, down)
-        to_down = (to_inner.T @ rows).float()
-        to_all_ups = gradient.T @ inner
+            to_x = to_both[:, : rows.shape[1]].addmm_(to_inner, down)
+        to_down = _of_tokens(to_inner, rows)
+        to_all_ups = _of_tokens(gradient, inner)
         found, row, column = [], 0, 0
         for up, scaling in zip(ups, ctx.scalings, strict=True):
             out, rank = up.shape
-            to_up = to_all_ups[row : row + out, column : column + rank].float() * scaling
+            to_up = to_all_ups[row : row + out, column : column + rank] * scaling
             found += [None, to_down[column : column + rank], to_up]
             row, column = row + out, column + rank
         return to_x, None, *found
-
-
-def _grouped(weights: Sequence, ups: Sequence, scalings: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """[W, B of all]: [sum of out, in + sum of r], each layer's s·B in its own rows and columns."""
-    dense_weights = torch.cat([dense(weight, dtype) for weight in weights])
-    scaled = [(up * scaling).to(dtype) for up, scaling in zip(ups, scalings, strict=True)]
-    return torch.cat((dense_weights, torch.block_diag(*scaled)), dim=1)
 
 
 class _Group:
@@ -219,9 +232,7 @@ class _Group:
                 x.reshape(-1, x.shape[-1]), scalings, *(f for layer in factors for f in layer[:3])
             )
             whole = whole.reshape(*x.shape[:-1], -1)
-            ends = list(itertools.accumulate(layer.out_features for layer in self.layers))
-            # not by split, whose parts autograd lets no model change in place
-            *parts, last = (whole[..., start:end] for start, end in itertools.pairwise([0, *ends]))
+            *parts, last = whole.split([layer.out_features for layer in self.layers], dim=-1)
             # values are kept for the way back, and would keep queries and keys with them
             self.x, self.parts = x, dict(enumerate([*parts, last.contiguous()]))
         part = self.parts.pop(number)
@@ -270,8 +281,8 @@ def gated_backward(
     return to_gate.to(gate.dtype), (outer * x * share).to(up.dtype)
 
 
-def _of(function: Callable, tensor: torch.Tensor) -> Callable:
-    return any_length(function) if tensor.is_cuda else function
+def _of(function: Callable, tensor: torch.Tensor, compiled: Callable[[Callable], Callable] = any_length) -> Callable:
+    return compiled(function) if tensor.is_cuda else function
 
 
 def fuse(model: PeftModel) -> None:
@@ -285,7 +296,7 @@ def fuse(model: PeftModel) -> None:
             plain = _wide_forward if wide else _fused_forward
             layer.forward = types.MethodType(_dropped_forward if _chance(layer) else plain, layer)
     for module in model.modules() if cuda else ():
-        if model.get_base_model().config.model_type in FAMILIES:  # others may ask them of other inputs
+        if model.get_base_model().config.model_type in FAMILIES:  # others may change them in place
             group_projections(module)
         if _is_gated(module, model.device, model.dtype):
             plain = all(_takes_part(layer) for layer in (module.gate_proj, module.up_proj))

@@ -5,14 +5,11 @@ graph is launched whole. Its shapes are fixed, so packs are padded to the next o
 """
 
 import functools
-import sys
-import types
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.models.compiled import any_length
 from stages.models.packs import Pack, Sight, moved, padded
 
 KEYS = 4  # keys to a query, at most, where packs share beginnings
@@ -23,24 +20,6 @@ def size_of(tokens: int) -> int:
     """The next size up, in steps of 256 tokens and, from 2,048 on, of an eighth of the power of two below."""
     step = max(256, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
-
-
-def compile_pieces(model: PreTrainedModel) -> None:
-    """Have the model's norms and rotary embedding compiled, for any number of tokens: each is one pass over memory
-    then, where PyTorch's own operations make up to eight."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = types.MethodType(any_length(type(module).forward), module)
-    modeling = sys.modules[type(model).__module__]
-    rotary = getattr(modeling, "apply_rotary_pos_emb", None)
-    if rotary is not None and rotary.__module__ != __name__:
-        compiled = any_length(rotary)
-
-        # the module's function is also that of models that answer meanwhile (lora.twin), whose shapes are others
-        def apply_rotary_pos_emb(*arguments, **options):
-            return (rotary if torch.is_inference_mode_enabled() else compiled)(*arguments, **options)
-
-        modeling.apply_rotary_pos_emb = apply_rotary_pos_emb
 
 
 class _Decoder(nn.Module):

@@ -1,0 +1,98 @@
+"""Norms and rotary embedding as a GPU's kernels want them laid out: the same numbers, here uncompiled."""
+
+import functools
+import sys
+
+import pytest
+import torch
+import transformers
+
+from stages.models import compiled
+from stages.models.lora import add_adapters
+from stages.params import Lora
+from tests.conftest import LORA
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+
+
+def made(kind: str) -> transformers.PreTrainedModel:
+    """Tiny, with adapters that are no longer zero."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind.replace('Gemma3', 'Gemma3Text')}Config")(**SIZES)
+    model = add_adapters(getattr(transformers, f"{kind}ForCausalLM")(config), Lora(**LORA), seed=0).train()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name or name.endswith("norm.weight"):
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """compile_pieces without a compiler; what it changes of transformers ends with the test."""
+    monkeypatch.setattr(compiled, "any_length", lambda function: function)
+
+    def change(model):
+        modeling = sys.modules[type(model).__module__]
+        monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
+        compiled.compile_pieces(model)
+
+    return change
+
+
+# Gemma 3 and Qwen 3 have norms of queries and keys too
+@pytest.mark.parametrize("kind", ["Gemma2", "Gemma3", "Llama", "Qwen3"])
+def test_a_model_whose_norms_and_rotary_embedding_are_laid_out_anew_has_the_gradients_that_it_had(kind, pieces):
+    ids = torch.randint(1, 64, (1, 40), generator=torch.Generator().manual_seed(0))
+    found = []
+    for change in (lambda model: None, pieces):
+        model = made(kind)
+        change(model.get_base_model())
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (plain_loss, plain), (loss, gradients) = found
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    for name, gradient in plain.items():
+        assert gradient.norm() > 0, name
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_norm_whose_weight_is_trained_keeps_autograds_own_way(pieces):
+    model = made("Llama").get_base_model()
+    norm = model.model.norm
+    norm.weight.requires_grad_()
+    pieces(model)
+    norm(torch.ones(1, 3, 32).cumsum(-1)).sum().backward()
+    assert norm.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_queries_and_keys_are_turned_in_the_order_in_which_they_lie_in_memory(heads_first):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotary
+
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    # attention makes [1, T, heads, C] of a projection's rows and turns it
+    query, key = (draw(1, 5, heads, 8).transpose(1, 2) for heads in (4, 2))
+    if not heads_first:
+        query, key = query.contiguous(), key.contiguous()
+    cos, sin = draw(1, 5, 8), draw(1, 5, 8)
+    seen = []
+
+    def watched(*arguments, **options):
+        seen.append(arguments[0].shape)
+        return rotary(*arguments, **options)
+
+    found, expected = compiled.by_token(rotary, watched)(query, key, cos, sin), rotary(query, key, cos, sin)
+    assert seen == [torch.Size([1, 5, 4, 8] if heads_first else [1, 4, 5, 8])]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+        assert one.transpose(1, 2).is_contiguous() == heads_first
