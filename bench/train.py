@@ -177,6 +177,9 @@ class Marks(TrainerCallback):
         self.began = time.monotonic()
         self.times = []
 
+    def on_train_begin(self, args, state, control, **_):
+        self.began = time.monotonic()  # the model is drawn, written and loaded before
+
     def on_step_end(self, args, state, control, **_):
         if state.global_step in (1, state.max_steps) and torch.cuda.is_available():
             torch.cuda.synchronize()
