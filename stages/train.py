@@ -154,7 +154,8 @@ class Trainer(SFTTrainer):
         base = model.get_base_model()
         if takes_flash(base) and family(base).recorded and not embedding_trained(model) and not sharded:
             own_gradients(model)
-            self.graphs = Graphs(base, rows)
+            largest_step = max(sum(len(rows[i]["input_ids"]) for i in step) for step in self.planned)
+            self.graphs = Graphs(base, rows, min(largest_step, self.tokens_per_pack))
         self.remove_callback(PrinterCallback)  # Watch shows the same figures
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:

@@ -5,12 +5,15 @@ graph is launched whole. Its shapes are fixed, so packs are padded to the next o
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from stages.models.packs import Pack, Sight, moved, padded
+from stages.models.recomputed import recomputed
 
 KEYS = 4  # keys to a query, at most, where packs share beginnings
 MOST = 12  # sizes; each keeps a copy of the adapters' gradients
@@ -50,16 +53,26 @@ def own_gradients(model: nn.Module) -> None:
 
 
 class Graphs:
-    """The model's decoder, recorded at each size when a pack first needs it."""
+    """The model's decoder, recorded at each size when a pack first needs it.
 
-    def __init__(self, model: PreTrainedModel, rows: list[dict]):
-        """rows: all that packs will be made of ({input_ids}); their lengths decide what a graph must have room for."""
+    All graphs share one pool of memory, and nothing else can use what is free there. So the largest comes first: what
+    the others need is found in what it leaves. And what passes without a graph (the pass before a recording, in which
+    kernels are compiled and chosen, and a pack that no graph fits) keeps only what goes into each layer
+    (recomputed.py): there is no room for a second pack's whole pass beside the pool.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: list[dict], most: int):
+        """rows: all that packs will be made of ({input_ids}); their lengths decide what a graph must have room for.
+        most: tokens of a pack, but for a row that is longer."""
         lengths = [len(row["input_ids"]) for row in rows]
         self.model = model
         self.longest = max(lengths)
         self.mean = sum(lengths) / len(lengths)
+        self.largest = size_of(max(most, self.longest))
         self.recorded: dict[tuple[int, bool], nn.Module | None] = {}
         self.pool = torch.cuda.graph_pool_handle()
+        for layer in model.get_decoder().layers:
+            layer.forward = functools.partial(self._layer, layer.forward)
         # recording makes the nodes that add gradients on a stream of its own, and replaying waits for both
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
@@ -69,24 +82,60 @@ class Graphs:
         self.recorded = dict.fromkeys((size, shared) for size, shared in keys)
 
     def hidden(self, piece: Pack) -> torch.Tensor | None:
-        """[size, H] of the pack, padding at its end; None where it does not fit a graph, or there are MOST already.
+        """[T or more, H] of the pack, padding at its end; None where no graph fits it.
 
         The backward pass writes the adapters' gradients to the graph's own memory, where the next pack of that size
         overwrites them: they must be added to others (`own_gradients`).
         """
-        size = size_of(len(piece))
         shared = any(segment.shared_end for segment in piece.segments)
+        size = size_for(len(piece), shared, self.largest, self.recorded)
+        inputs = self._inputs(piece, size, shared) if size else None
+        if inputs is None:
+            return None
+        for each in (self.largest, size):
+            if (each, shared) in self.recorded and self.recorded[each, shared] is None:
+                self._record(piece, each, shared)
+        return self.recorded[size, shared](*inputs)
+
+    def _inputs(self, piece: Pack, size: int, shared: bool) -> tuple[torch.Tensor, ...] | None:
+        """What the graph of that size takes; None where the pack does not fit it."""
         segments = 8 + int((KEYS if shared else 1.5) * size / self.mean)
         inputs = padded(piece, size, segments, KEYS * size, self.longest)
-        key = size, shared
-        if inputs is None or (key not in self.recorded and len(self.recorded) == MOST):
-            return None
-        inputs = tuple(moved(tensor, self.model.device) for tensor in inputs)
-        if self.recorded.get(key) is None:
-            decoder = _Decoder(self.model, self.longest).train()
-            # a run that goes on after a kill records again: dropout must not see that in its random numbers
-            with torch.random.fork_rng(devices=[self.model.device]):
-                self.recorded[key] = torch.cuda.make_graphed_callables(
-                    decoder, inputs, num_warmup_iters=1, allow_unused_input=True, pool=self.pool
-                )
-        return self.recorded[key](*inputs)
+        return inputs and tuple(moved(tensor, self.model.device) for tensor in inputs)
+
+    def _record(self, piece: Pack, size: int, shared: bool) -> None:
+        if (inputs := self._inputs(piece, size, shared)) is None:
+            return  # the largest has no place for as many segments as its padding makes of this one: another will do
+        decoder = _Decoder(self.model, self.longest).train()
+        # a run that goes on after a kill records again: dropout must not see that in its random numbers
+        with torch.random.fork_rng(devices=[self.model.device]):
+            self._try(decoder, inputs)
+            self.recorded[size, shared] = torch.cuda.make_graphed_callables(
+                decoder, inputs, num_warmup_iters=0, allow_unused_input=True, pool=self.pool
+            )
+
+    def _try(self, decoder: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        """One pass there and back that leaves nothing behind."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        gradients = [parameter.grad for parameter in trained]
+        for parameter in trained:
+            parameter.grad = None
+        hidden = decoder(*inputs)
+        hidden.backward(torch.zeros_like(hidden))
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _layer(self, plain: Callable[..., torch.Tensor], hidden: torch.Tensor, *more, **options) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing() or not torch.is_grad_enabled():
+            return plain(hidden, *more, **options)
+        return recomputed(lambda hidden: plain(hidden, *more, **options), hidden)
+
+
+def size_for(tokens: int, shared: bool, largest: int, recorded: dict[tuple[int, bool], Any]) -> int | None:
+    """The size that a pack is padded to: its own, which is added to those `recorded`, or when there are MOST, the next
+    that is among them; None where none is. The largest is added before others."""
+    own = size_of(tokens)
+    for size in (largest, own):
+        if own <= largest and len(recorded) < MOST:
+            recorded.setdefault((size, shared))
+    return min((size for size, also in recorded if also == shared and size >= own), default=None)

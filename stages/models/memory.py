@@ -170,17 +170,17 @@ class Held:
     head: float
     process: float
     on_gpu: bool
-    recorded: bool
+    recomputed: float  # beside graphs, what a pass without one holds; 0 where there are none
 
     @property
     def peak(self) -> float:
         # while graphs are recorded, which is when most is held, the head has not begun
-        held = self.weights + self.adapters + self.activations + (0 if self.recorded else self.head)
+        held = self.weights + self.adapters + self.activations + (0 if self.recomputed else self.head)
         return held + (0 if self.on_gpu else self.process)
 
     @property
     def needed(self) -> float:
-        passing = (self.activations + self.head) * (1 if self.on_gpu else PIECES)
+        passing = (self.activations + max(self.head, self.recomputed)) * (1 if self.on_gpu else PIECES)
         return self.weights + self.adapters + passing + self.process
 
 
@@ -269,10 +269,9 @@ def training(
     if recorded:
         adapters += GRAPHS * 4 * own
     layer = layer_bytes(model, lora, dtype, gpu, fused, longest, shared)
-    # layers that are computed again keep what goes into them
-    kept = model.layers * layer if shares == 1 else model.layers * model.hidden * size + layer
-    activations = tokens * kept
-    activations += 2 * tokens * model.inner * size  # of the layer that is on its way back
+    back = 2 * model.inner * size  # of the layer that is on its way back
+    once, again = model.layers * layer + back, model.layers * model.hidden * size + layer + back  # recomputed.py
+    activations = tokens * (once if shares == 1 else again)
     head = HEAD_TOKENS[device] * model.vocabulary * (size if gpu else size + 4)
     return Held(
         weights=weights(model, dtype, lora.quantize if gpu or shares > 1 else None, shares),
@@ -281,7 +280,7 @@ def training(
         head=head,
         process=PROCESS[device],
         on_gpu=gpu,
-        recorded=recorded,
+        recomputed=tokens * again if recorded else 0,
     )
 
 

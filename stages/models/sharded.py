@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from stages.models.families import adaptable, family
 from stages.models.quantized import hold_packed
 from stages.models.ranks import Ranks
+from stages.models.recomputed import recomputed
 from stages.models.unloaded import Uncovered, give_buffers, unloaded
 from stages.refusal import Refusal
 
@@ -93,12 +93,8 @@ class Sharded:
 
             if not torch.is_grad_enabled():
                 return run(hidden)
-            if not hidden.requires_grad:  # the first layer's: its adapters would get no gradient
-                hidden = hidden.detach().requires_grad_()
-            # Reentrant: a layer comes again as a whole, and before anything of it goes back. The other kind comes again
-            # when a kept tensor is asked for, and a packed layer's product keeps none: it would take what is in the
-            # buffer; what it keeps comes back as another tensor, without its scales.
-            return checkpoint(run, hidden, use_reentrant=True)
+            # packed layers would otherwise take what is in the buffer by then
+            return recomputed(run, hidden)
 
         return forward
 
