@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 RESULTS = Path(__file__).parent / "results"
 NAMES = {
     "ours": "lorepro",
-    "ours-larger-packs": "lorepro, larger packs",
     "ours-nf4": "lorepro, nf4",
     "trl": "TRL, its best flags",
     "trl-nf4": "TRL, nf4, checkpointing",

@@ -4,7 +4,7 @@
 
 Nothing is run. The shapes are those of the published config.json files. `gib`: with packs as large as a step of the
 longest rows; `gib_at_least`: with packs of one such row, to which machine.tokens_per_pack: auto goes down.
-`seconds_a_million_tokens`: at half of what an H200 multiplies in bfloat16, of which the 1B shape reached 51% and the 4B
+`seconds_a_million_tokens`: at half of what an H200 multiplies in bfloat16, of which the 1B shape reached 57% and the 4B
 60% (bench/results/train_h200.json); null where training takes other ways, of which nothing was read.
 """
 
