@@ -4,6 +4,7 @@
 
 Weights are random, since the arithmetic is the same: what is measured is speed. Rows have lognormal lengths, median
 300, at most 2048, and the loss counts the last quarter of each. The first variant runs again at the end, to show drift.
+axolotl and axolotl-nf4 are bench/peer_axolotl.py, with the packages of the folder AXOLOTL_SITE before others.
 """
 
 import hashlib
@@ -418,6 +419,7 @@ VARIANTS = {
         gradient_checkpointing=True,
     ),
 }
+AXOLOTL = {"axolotl": [], "axolotl-nf4": ["nf4"]}
 
 
 def main(arguments: list[str]) -> None:
@@ -430,10 +432,14 @@ def main(arguments: list[str]) -> None:
     out, model, *names = arguments
     found = []
     for name in [*names, names[0]] if len(names) > 1 else names:
-        command = [sys.executable, "-m", "bench.train", "one", model, name]
+        asked, there = ["bench.train", "one", model, name], dict(os.environ)
+        if name in AXOLOTL:
+            asked = ["bench.peer_axolotl", model, *AXOLOTL[name]]
+            paths = [os.environ.get("AXOLOTL_SITE"), os.environ.get("PYTHONPATH")]
+            there |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "AXOLOTL_DO_NOT_TRACK": "1"}
         began = time.monotonic()
-        command = ["timeout", str(LONGEST_SECONDS), *command]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = ["timeout", str(LONGEST_SECONDS), sys.executable, "-m", *asked]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=there)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         missing = {"missing": f"exit status {done.returncode}: {done.stderr[-1500:]}"}
         result = json.loads(lines[0][7:]) if lines else missing
