@@ -130,7 +130,7 @@ def judged(found: dict) -> dict:
     device = "cpu" if found["device"] == "cpu" else "cuda"
     shape = memory.shape(config)
     row = found.get("row", found["longest"])
-    expected = memory.training(shape, lora, device, found["format"], found["tokens"], row)
+    expected = memory.training(shape, lora, device, found["format"], found["tokens"], row, shared=False)
     errors = {"error": expected.peak / memory.GIB / found["peak_gib"] - 1}
     needed = {}
     if "held_gib" in found:

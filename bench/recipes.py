@@ -56,10 +56,9 @@ def expected(recipe: Path, model: str) -> dict:
     described, weights = MODELS[model]
     shape = memory.shape(described, weights)
     longest = params.encode.max_length
-    shared = params.train.order == "shared"
 
     def gib(tokens: int) -> float:
-        held = memory.training(shape, params.lora, "cuda", "bfloat16", tokens, longest, True, shared)
+        held = memory.training(shape, params.lora, "cuda", "bfloat16", tokens, longest)
         return round(held.needed / memory.GIB, 1)
 
     operations = 4 * (shape.linear_parameters + shape.vocabulary * shape.hidden)  # two a weight, there and back

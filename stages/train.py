@@ -51,7 +51,7 @@ from stages.models.fused import fuse
 from stages.models.lora import add_adapters, embedding_trained, save_adapter, token_ids, twin
 from stages.models.machine import Resolved, add_in_one_order, resolve_training
 from stages.models.memory import Shape, gpu_tokens_per_pack, shape, sharding
-from stages.models.packs import IGNORED, Pack, pack
+from stages.models.packs import IGNORED, Pack, pack, sizes
 from stages.models.progress import best_step, validations, without_progress
 from stages.models.ranks import ALONE, Machines, Ranks, launch
 from stages.models.room import adapter_bytes, checkpoints_bytes
@@ -154,8 +154,9 @@ class Trainer(SFTTrainer):
         base = model.get_base_model()
         if takes_flash(base) and family(base).recorded and not embedding_trained(model) and not sharded:
             own_gradients(model)
-            largest_step = max(sum(len(rows[i]["input_ids"]) for i in step) for step in self.planned)
-            self.graphs = Graphs(base, rows, min(largest_step, self.tokens_per_pack))
+            steps = (ranks.share([rows[i] for i in step], self.tokens_per_pack) for step in self.planned)
+            coming = (size for step in steps for size in sizes(step, self.tokens_per_pack))
+            self.graphs = Graphs(base, rows, coming)
         self.remove_callback(PrinterCallback)  # Watch shows the same figures
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -200,8 +201,6 @@ class Trainer(SFTTrainer):
                 total += loss.detach()
                 if self.pod:
                     self.pod.compute()
-        if self.graphs:
-            self.ranks.tell(list(self.graphs.recorded))
         self.loss_now = self.ranks.add_up(self.adapters, total)
         return self.loss_now if self.pod is None else torch.zeros(())  # of TPUs the Trainer knows nothing
 
@@ -329,8 +328,6 @@ class Keeper(TrainerCallback):
         scheduler.load_state_dict({**scheduler.state_dict(), **self.saved.state["schedule"]})
         for group, rate in zip(self.trainer.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-        if self.trainer.graphs:
-            self.trainer.graphs.keep_to(self.saved.state["graphs"][self.trainer.ranks.number])
         if args.device.type == "cuda":
             # kernels are fitted to the first pack that they are compiled for: let it be the one that it was then
             self.trainer.training_step(self.trainer.model, self.trainer._step([{"rows": self.trainer.planned[0]}]))
@@ -343,7 +340,6 @@ class Keeper(TrainerCallback):
         elif self.run.due and state.global_step:
             self.trainer.reader.read_all()  # what is not finite is not kept
             scheduler = self.trainer.lr_scheduler.state_dict()
-            graphs = self.trainer.graphs
             self.run.save(
                 Checkpoint(
                     state.global_step,
@@ -358,7 +354,6 @@ class Keeper(TrainerCallback):
                         "telemetry": self.trainer.watch.telemetry.state,
                         "schedule": {key: scheduler[key] for key in ("last_epoch", "_step_count", "_last_lr")},
                         "dtype": dtype_name(self.trainer.model.dtype),
-                        "graphs": self.trainer.ranks.told(list(graphs.recorded)) if graphs else [],
                         "finished": False,
                     },
                 )

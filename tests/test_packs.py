@@ -226,7 +226,8 @@ def test_shared_order_puts_rows_that_begin_alike_into_one_step():
 def flash(query, key, value, queries, keys, *_most, scale=None, window_size=(-1, 0), **_):
     """What varlen_attn computes on a GPU, segment by segment. query: [T, H, D]; key, value: [K, G, D]."""
     out = torch.zeros_like(query)
-    for q_start, q_end, k_start, k_end in zip(queries, queries[1:], keys, keys[1:], strict=True):
+    pairs = (itertools.pairwise(x.tolist()) for x in (queries, keys))
+    for (q_start, q_end), (k_start, k_end) in zip(*pairs, strict=True):
         q, k, v = query[q_start:q_end], key[k_start:k_end], value[k_start:k_end]
         ahead = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
         seen = (ahead >= 0) & ((ahead <= window_size[0]) | (window_size[0] < 0))
@@ -241,6 +242,7 @@ def flash(query, key, value, queries, keys, *_most, scale=None, window_size=(-1,
 def test_packs_as_a_gpus_attention_takes_them_give_the_same_hidden_states(family, tokens, monkeypatch):
     monkeypatch.setattr("stages.models.attention.varlen_attn", flash)
     model = FAMILIES[family]().eval()
+    model.set_attn_implementation("packed")
     for piece in pack(rows(), tokens):
         expected = packed_logits(model, piece, slice(None))
         found = packed_logits(model, dataclasses.replace(piece, sight=sight(piece.segments)), slice(None))
@@ -250,6 +252,7 @@ def test_packs_as_a_gpus_attention_takes_them_give_the_same_hidden_states(family
 def test_a_pack_padded_to_a_fixed_size_gives_the_same_hidden_states(monkeypatch):
     monkeypatch.setattr("stages.models.attention.varlen_attn", flash)
     model = FAMILIES["gemma3"]().eval()
+    model.set_attn_implementation("packed")
     for piece in pack(rows(), 400):
         longest = max(segment.end - segment.start + segment.shared_end for segment in piece.segments)
         ids, positions, *bounds = padded(piece, 512, 60, 2048, longest)
@@ -295,6 +298,7 @@ def test_padding_gives_no_gradient_whatever_the_kernel_leaves_behind(monkeypatch
 
     monkeypatch.setattr("stages.models.attention.varlen_attn", leaving)
     model = FAMILIES["gemma3"]()
+    model.set_attn_implementation("packed")
     (piece,) = pack(rows()[:8], 10_000)
     assert any(segment.shared_end for segment in piece.segments)
     longest = max(segment.end - segment.start + segment.shared_end for segment in piece.segments)

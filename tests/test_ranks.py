@@ -297,4 +297,4 @@ def test_alone_nothing_is_seeded_and_nothing_is_sent():
     assert torch.equal(torch.get_rng_state(), state)
     loss, rows = torch.tensor(1.0), [{"id": "a"}]
     assert alone.add_up([], loss) is loss and alone.share(rows, 1) is rows
-    assert (alone.of_first(3), alone.of_all(3), alone.told(3)) == (3, [3], [3])
+    assert (alone.of_first(3), alone.of_all(3)) == (3, [3])

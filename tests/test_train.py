@@ -120,6 +120,23 @@ def test_the_loss_curve_does_not_depend_on_the_tokens_per_pack(trained):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_xla") is not None, reason="see tests/tpu")
+@pytest.mark.parametrize("order", ["shared", "shuffled"])
+def test_what_is_recorded_on_a_gpu_is_told_of_every_pack_that_comes(order, trained, monkeypatch):
+    told, came = [], []
+
+    class Graphs:
+        def __init__(self, model, rows, coming):
+            told.extend(coming)
+
+        def hidden(self, piece):
+            came.append((len(piece), any(segment.shared_end for segment in piece.segments)))
+
+    monkeypatch.setattr(train, "takes_flash", lambda model: True)
+    monkeypatch.setattr(train, "Graphs", Graphs)
+    trained("run", **{"train.order": order, "train.epochs": 2.0, "train.batch_size": 6, "machine.tokens_per_pack": 130})
+    assert told == came and len(told) > 2 * 4, "several packs a step"
+
+
 def test_tpus_without_torch_xla_are_refused(trained):
     with pytest.raises(Refusal, match=r"machine\.device is xla, but torch-xla is not installed"):
         trained("run", **{"machine.device": "xla"})

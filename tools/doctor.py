@@ -385,7 +385,6 @@ def check_targets(lora: params.Lora, shape: memory.Shape, found: Found) -> None:
 def check_memory(settings: Params, shape: memory.Shape, device: str, there: list[Gpu], found: Found) -> None:
     """What training, merging and answering hold at most, against the GPU's memory, or on a CPU the main memory."""
     lora, longest = settings.lora, settings.encode.max_length
-    shared = settings.train.order == "shared"
     flash = device == "cuda" and there[0].capability >= (8, 0)
     tokens = memory.pack_tokens(settings, device)
     if settings.machine.dtype != "auto":
@@ -401,7 +400,7 @@ def check_memory(settings: Params, shape: memory.Shape, device: str, there: list
         most = memory.gpu_tokens_per_pack(shape, settings, formats[0], flash, total, shares)
         tokens = min(tokens, max(longest, most))
     by_format = {
-        dtype: memory.training(shape, lora, device, dtype, tokens, longest, flash, shared, shares) for dtype in formats
+        dtype: memory.training(shape, lora, device, dtype, tokens, longest, flash, shares=shares) for dtype in formats
     }
     dtype, held = max(by_format.items(), key=lambda item: item[1].needed)
     where = there[0].name if device == "cuda" else "main memory"
@@ -418,7 +417,7 @@ def check_memory(settings: Params, shape: memory.Shape, device: str, there: list
         smaller = f"machine.shard_base: auto, {smaller}"
     fits = None
     for most in ((1 - memory.ERROR) * total - more, total - more):  # an estimate's error allowed for, if that can be
-        fits = fits or memory.most_tokens(shape, lora, device, dtype, longest, flash, shared, most, shares)
+        fits = fits or memory.most_tokens(shape, lora, device, dtype, longest, flash, True, most, shares)
     bare = held.weights + held.adapters + held.process
     if bare * (1 - memory.ERROR) > total and not ADAPTER.exists():
         found.problems.append(

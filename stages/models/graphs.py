@@ -5,8 +5,8 @@ graph is launched whole. Its shapes are fixed, so packs are padded to the next o
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -55,31 +55,27 @@ def own_gradients(model: nn.Module) -> None:
 class Graphs:
     """The model's decoder, recorded at each size when a pack first needs it.
 
-    All graphs share one pool of memory, and nothing else can use what is free there. So the largest comes first: what
-    the others need is found in what it leaves. And what passes without a graph (the pass before a recording, in which
-    kernels are compiled and chosen, and a pack that no graph fits) keeps only what goes into each layer
-    (recomputed.py): there is no room for a second pack's whole pass beside the pool.
+    All graphs share one pool of memory, and nothing else can use what is free there. So the largest of a kind comes
+    first: what the others need is found in what it leaves. And what passes without a graph (the pass before a
+    recording, in which kernels are compiled and chosen, and a pack that no graph fits) keeps only what goes into each
+    layer (recomputed.py): there is no room for a second pack's whole pass beside the pool.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: list[dict], most: int):
+    def __init__(self, model: PreTrainedModel, rows: list[dict], coming: Iterable[tuple[int, bool]]):
         """rows: all that packs will be made of ({input_ids}); their lengths decide what a graph must have room for.
-        most: tokens of a pack, but for a row that is longer."""
+        coming: packs.sizes of all packs that will come. A run that goes on must be told of those that came, too:
+        recorded or not, and by the size that it is padded to, a pack's sums are rounded in another way."""
         lengths = [len(row["input_ids"]) for row in rows]
         self.model = model
         self.longest = max(lengths)
         self.mean = sum(lengths) / len(lengths)
-        self.largest = size_of(max(most, self.longest))
-        self.recorded: dict[tuple[int, bool], nn.Module | None] = {}
+        self.sizes = chosen(coming)
+        self.recorded: dict[tuple[int, bool], nn.Module] = {}
         self.pool = torch.cuda.graph_pool_handle()
         for layer in model.get_decoder().layers:
             layer.forward = functools.partial(self._layer, layer.forward)
         # recording makes the nodes that add gradients on a stream of its own, and replaying waits for both
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-
-    def keep_to(self, keys: list) -> None:
-        """Have these sizes recorded, when they come, before others: those that a run had which now goes on. Recorded
-        or not, a pack's sums are rounded in another way."""
-        self.recorded = dict.fromkeys((size, shared) for size, shared in keys)
 
     def hidden(self, piece: Pack) -> torch.Tensor | None:
         """[T or more, H] of the pack, padding at its end; None where no graph fits it.
@@ -88,12 +84,12 @@ class Graphs:
         overwrites them: they must be added to others (`own_gradients`).
         """
         shared = any(segment.shared_end for segment in piece.segments)
-        size = size_for(len(piece), shared, self.largest, self.recorded)
-        inputs = self._inputs(piece, size, shared) if size else None
-        if inputs is None:
+        kind = [size for size, also in self.sizes if also == shared]
+        size = min((size for size in kind if size >= len(piece)), default=None)
+        if size is None or (inputs := self._inputs(piece, size, shared)) is None:
             return None
-        for each in (self.largest, size):
-            if (each, shared) in self.recorded and self.recorded[each, shared] is None:
+        for each in (max(kind), size):
+            if (each, shared) not in self.recorded:
                 self._record(piece, each, shared)
         return self.recorded[size, shared](*inputs)
 
@@ -126,16 +122,16 @@ class Graphs:
             parameter.grad = gradient
 
     def _layer(self, plain: Callable[..., torch.Tensor], hidden: torch.Tensor, *more, **options) -> torch.Tensor:
-        if torch.cuda.is_current_stream_capturing() or not torch.is_grad_enabled():
+        """The first layer, into which nothing goes that needs a gradient, as it is: kernels compiled for one that does
+        would have to be compiled again while it is recorded, which is forbidden."""
+        if torch.cuda.is_current_stream_capturing() or not hidden.requires_grad or not torch.is_grad_enabled():
             return plain(hidden, *more, **options)
         return recomputed(lambda hidden: plain(hidden, *more, **options), hidden)
 
 
-def size_for(tokens: int, shared: bool, largest: int, recorded: dict[tuple[int, bool], Any]) -> int | None:
-    """The size that a pack is padded to: its own, which is added to those `recorded`, or when there are MOST, the next
-    that is among them; None where none is. The largest is added before others."""
-    own = size_of(tokens)
-    for size in (largest, own):
-        if own <= largest and len(recorded) < MOST:
-            recorded.setdefault((size, shared))
-    return min((size for size, also in recorded if also == shared and size >= own), default=None)
+def chosen(coming: Iterable[tuple[int, bool]]) -> list[tuple[int, bool]]:
+    """MOST sizes, each with whether rows share beginnings: the largest of both kinds, then those of the most packs."""
+    counts = Counter((size_of(tokens), shared) for tokens, shared in coming)
+    largest = {shared: size for size, shared in sorted(counts)}
+    first = [(size, shared) for shared, size in largest.items()]
+    return [*first, *sorted(counts.keys() - {*first}, key=lambda key: (-counts[key], key))][:MOST]

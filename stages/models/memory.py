@@ -170,7 +170,7 @@ class Held:
     head: float
     process: float
     on_gpu: bool
-    recomputed: float  # beside graphs, what a pass without one holds; 0 where there are none
+    recomputed: float  # beside graphs, what a pass without one holds, its head too; 0 where there are none
 
     @property
     def peak(self) -> float:
@@ -249,13 +249,14 @@ def training(
     tokens: int,
     longest: int,
     flash: bool = True,
-    shared: bool = False,
+    shared: bool = True,
     shares: int = 1,
 ) -> Held:
     """What training holds with packs of at most `tokens` tokens, of rows of at most `longest`.
 
     flash: the GPU is one that flash attention knows; shared: rows share beginnings, whose keys a GPU lays out once for
-    each row (graphs.KEYS); shares: over how many devices the base is shared out, where it is.
+    each row (graphs.KEYS), as in whatever order some rows of most data sets do; shares: over how many devices the base
+    is shared out, where it is.
     """
     gpu = device == "cuda"
     fused = gpu and flash and dtype != "float32" and not model.capped and model.queries // model.heads <= 256
@@ -270,8 +271,8 @@ def training(
         adapters += GRAPHS * 4 * own
     layer = layer_bytes(model, lora, dtype, gpu, fused, longest, shared)
     back = 2 * model.inner * size  # of the layer that is on its way back
-    once, again = model.layers * layer + back, model.layers * model.hidden * size + layer + back  # recomputed.py
-    activations = tokens * (once if shares == 1 else again)
+    inputs = model.layers * model.hidden * size  # of layers that are computed again (recomputed.py)
+    activations = tokens * (model.layers * layer + back if shares == 1 else inputs + layer + back)
     head = HEAD_TOKENS[device] * model.vocabulary * (size if gpu else size + 4)
     return Held(
         weights=weights(model, dtype, lora.quantize if gpu or shares > 1 else None, shares),
@@ -280,7 +281,7 @@ def training(
         head=head,
         process=PROCESS[device],
         on_gpu=gpu,
-        recomputed=tokens * again if recorded else 0,
+        recomputed=tokens * (inputs + layer) + max(head, tokens * (layer + back)) if recorded else 0,
     )
 
 
@@ -330,9 +331,9 @@ def gpu_tokens_per_pack(
     asked = params.machine.tokens_per_pack
     if asked != "auto" or model is None:
         return TOKENS_PER_PACK["cuda"] if asked == "auto" else asked
-    longest, shared = params.encode.max_length, params.train.order == "shared"
+    longest = params.encode.max_length
     room = (1 - ERROR) * room - beside(model, params, "cuda", dtype)
-    fit = most_tokens(model, params.lora, "cuda", dtype, longest, flash, shared, room, shares)
+    fit = most_tokens(model, params.lora, "cuda", dtype, longest, flash, True, room, shares)
     return min(TOKENS_PER_PACK["cuda"], fit or longest)
 
 

@@ -103,17 +103,27 @@ def pack(rows: Iterable[dict], tokens_per_pack: int) -> list[Pack]:
     """Lay rows ({id, input_ids, labels}; lists, or arrays, which take a tenth of the time) in as few packs of at most
     `tokens_per_pack` tokens as first-fit decreasing finds (Johnson 1973); a longer row has a pack of its own. A row's
     `prompt_tokens`, where there, is not read."""
+    return [_lay(members) for members in _fitted(rows, tokens_per_pack)]
+
+
+def sizes(rows: Iterable[dict], tokens_per_pack: int) -> list[tuple[int, bool]]:
+    """Of each pack that `pack` would lay of these rows: its tokens, and whether any of its rows share a beginning."""
+    fitted = _fitted(rows, tokens_per_pack)
+    return [(sum(map(len, members)), any(tree.shared for tree in members)) for members in fitted]
+
+
+def _fitted(rows: Iterable[dict], tokens_per_pack: int) -> list[list[Tree]]:
     bins: list[list[Tree]] = []
-    sizes: list[int] = []
+    filled: list[int] = []
     for tree in sorted(trees(rows, tokens_per_pack), key=len, reverse=True):
-        place = next((i for i, size in enumerate(sizes) if size + len(tree) <= tokens_per_pack), None)
+        place = next((i for i, size in enumerate(filled) if size + len(tree) <= tokens_per_pack), None)
         if place is None:
             bins.append([tree])
-            sizes.append(len(tree))
+            filled.append(len(tree))
         else:
             bins[place].append(tree)
-            sizes[place] += len(tree)
-    return [_lay(members) for members in bins]
+            filled[place] += len(tree)
+    return bins
 
 
 def deal(rows: list[dict], shares: int, tokens_per_pack: int) -> list[list[dict]]:

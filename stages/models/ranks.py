@@ -74,7 +74,6 @@ class Ranks:
         """here: how many of them are on one machine."""
         self.number, self.count, self.store = number, count, store
         self.first_here = number % here == 0
-        self.last_told = ""
 
     @property
     def first(self) -> bool:
@@ -133,17 +132,6 @@ class Ranks:
         found: list[Any] = [None] * self.count
         dist.all_gather_object(found, value)
         return found
-
-    def tell(self, value: Any) -> None:
-        """Leave a value (JSON) for the first process, which need not be asked to wait for it."""
-        text = json.dumps(value)
-        if self.number and text != self.last_told:
-            self.store.set(f"told/{self.number}", text)
-            self.last_told = text
-
-    def told(self, own: Any) -> list[Any]:
-        """What each process told last; the first one's is `own`."""
-        return [own, *(json.loads(self.store.get(f"told/{number}")) for number in range(1, self.count))]
 
     def refuse_differences(self, decides: dict[str, Any] | None) -> None:
         """Raise Refusal where machines do not train the same; `decides`: what decides the result, of each machine's
