@@ -18,10 +18,9 @@ from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
 from axolotl.integrations.base import BasePlugin
 
-from bench.train import MEASURED, MODELS, WARM, Marks, figures, folder_of, rows, tokenizer
+from bench.train import MEASURED, MODELS, ROWS_A_STEP, WARM, Marks, figures, folder_of, rows, tokenizer
 
 TOKENS_PER_PACK = 16384
-ROWS_A_STEP = 48
 PADDING = 0
 marks = Marks()
 tokens: list[torch.Tensor] = []  # of each step, those that are no padding
