@@ -1,6 +1,7 @@
 """Recorded passes on a GPU: the gradients of the same packs without recording, whatever comes after one another."""
 
 import functools
+import itertools
 import random
 import sys
 import types
@@ -11,7 +12,7 @@ import torch
 from stages.models import graphs
 from stages.models.compiled import compile_pieces
 from stages.models.fused import fuse
-from stages.models.graphs import MOST, Graphs, _Decoder, chosen, own_gradients, size_of
+from stages.models.graphs import MOST, Graphs, _Decoder, chosen, enough, own_gradients, size_of
 from stages.models.load import load_model, pack_loss
 from stages.models.lora import add_adapters
 from stages.models.packs import IGNORED, pack, sizes
@@ -42,12 +43,44 @@ def adapted(folder, **more):
     return base, model
 
 
-def test_the_largest_size_of_both_kinds_is_recorded_and_of_the_others_those_of_most_packs():
-    coming = [(300, False)] * 5 + [(9000, False), (700, True)] + [(tokens, False) for tokens in range(1, 8192, 512)] * 2
-    sizes = chosen(coming)
-    assert len(sizes) == len(set(sizes)) == MOST
-    assert set(sizes[:2]) == {(size_of(9000), False), (768, True)} and sizes[2] == (512, False)
-    assert sizes == chosen(reversed(coming)), "whatever comes first: a run that goes on must choose the same"
+def test_the_largest_size_of_both_kinds_is_recorded_and_others_where_they_save_more_than_recording_takes(monkeypatch):
+    coming = [(9000, False), (300, False), (700, True)]
+    assert chosen(coming) == [(9216, False), (768, True)], "one short pack is padded"
+    many = [*coming, *[(300, False)] * 20, *[(500, False)] * 20, *[(5000, False)] * 30]
+    assert chosen(many) == chosen(reversed(many)), "whatever comes first: a run that goes on must choose the same"
+    assert chosen(many) == [(512, False), (5120, False), (9216, False), (768, True)]
+    assert chosen([]) == []
+    monkeypatch.setattr(graphs, "RECORDING", 0)
+    all_sizes = chosen((tokens, False) for tokens in range(1, 8192, 256))
+    assert len(set(all_sizes)) == MOST and all_sizes[-1] == (8192, False)
+
+
+def test_the_sizes_chosen_take_no_more_than_any_others(monkeypatch):
+    monkeypatch.setattr(graphs, "RECORDING", 1000)
+    monkeypatch.setattr(graphs, "MOST", 3)
+    chance = random.Random(0)
+    for _ in range(20):
+        coming = [(chance.randrange(1, 2048), chance.random() < 0.5) for _ in range(8)]
+        kinds = {(size_of(tokens), shared) for tokens, shared in coming}
+        costs = {}
+        for count in range(1, 4):
+            for some in itertools.combinations(kinds, count):
+                padded = [
+                    min((s for s, also in some if also == shared and s >= tokens), default=None)
+                    for tokens, shared in coming
+                ]
+                if None not in padded:
+                    costs[frozenset(some)] = sum(padded) + 1000 * count
+        assert costs[frozenset(chosen(coming))] == min(costs.values())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "layers"),
+    [(None, 2), (["sliding"] * 5 + ["full"] + ["sliding"] * 2, 6), (["sliding", "full"] * 3, 3), (["full"], 1)],
+)
+def test_the_pass_before_a_recording_goes_through_a_layer_of_each_kind_beside_the_first(kinds, layers):
+    config = types.SimpleNamespace(layer_types=kinds)
+    assert enough(types.SimpleNamespace(config=config, layers=[None] * len(kinds or range(8)))) == layers
 
 
 @pytest.mark.parametrize("shared", [0, 60])
@@ -62,6 +95,7 @@ def test_a_pack_takes_the_next_larger_size_and_the_largest_is_recorded_before_it
         self.recorded[size, shared] = lambda *inputs: (size, inputs[0].shape)
 
     monkeypatch.setattr(Graphs, "_record", record)
+    monkeypatch.setattr(graphs, "RECORDING", 0)
     made = rows(20, shared, random.Random(0))
     coming = [(2048, bool(shared)), (1024, bool(shared)), (256, not shared)]
     passes = Graphs(base, made, coming)
@@ -164,14 +198,13 @@ def rows(count: int, shared: int, chance: random.Random) -> list[dict]:
 
 
 @on_gpu
-@pytest.mark.parametrize("most", [0, 1, MOST])
+@pytest.mark.parametrize("known", [0, 1, 4])
 @pytest.mark.parametrize("dropout", [0.0, 1e-9])
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 @pytest.mark.parametrize("shared", [(0, 0), (60, 60), (0, 60), (60, 0)], ids=str)
 def test_several_packs_give_the_gradients_of_the_unrecorded_pass_whether_all_some_or_none_of_them_are_recorded(
-    tiny_model, shared, quantize, dropout, most, monkeypatch
+    tiny_model, shared, quantize, dropout, known
 ):
-    monkeypatch.setattr(graphs, "MOST", most)
     lora = Lora(**LORA | {"quantize": quantize, "dropout": dropout})
     chance = random.Random(0)
     packs = [pack(rows(6, count, chance), 10_000)[0] for count in shared * 2]
@@ -184,7 +217,7 @@ def test_several_packs_give_the_gradients_of_the_unrecorded_pass_whether_all_som
                 torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator("cuda").manual_seed(0))
         fuse(model)
         own_gradients(model)
-        coming = [(len(piece), any(one.shared_end for one in piece.segments)) for piece in packs]
+        coming = [(len(piece), any(one.shared_end for one in piece.segments)) for piece in packs[:known]]
         of = rows(6, shared[0], random.Random(0))
         recorded = Graphs(base, of, coming).hidden if recording else lambda piece: None
         losses = []

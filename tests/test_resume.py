@@ -228,7 +228,10 @@ def test_whatever_the_settings_a_training_killed_twice_gives_the_same_bytes(plac
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("settings", [{}, {"lora.dropout": 0.0}, {"lora.quantize": "nf4"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"lora.dropout": 0.0}, {"lora.quantize": "nf4"}, {"lora.target_modules": ["q_proj", "v_proj"]}],
+)
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_on_a_gpu_a_training_killed_twice_gives_the_same_bytes_as_far_as_two_undisturbed_ones_do(
     place, settings, deterministic

@@ -199,7 +199,7 @@ def test_auto_shares_no_base_where_that_cannot_be_and_what_is_asked_for_is_done(
 
 @pytest.mark.parametrize(
     ("gib", "asked", "expected"),
-    [(1000, "auto", 16384), (80, "auto", 2048), (48, "auto", 768), (20, "auto", 512), (20, 4096, 4096)],
+    [(1000, "auto", 24576), (80, "auto", 2048), (48, "auto", 768), (20, "auto", 512), (20, 4096, 4096)],
 )
 def test_packs_on_a_gpu_are_as_large_as_fits_by_the_estimate_where_nothing_else_is_asked_for(gib, asked, expected):
     shape, params = of_gemma_27b()
@@ -213,13 +213,13 @@ def test_packs_on_a_gpu_are_as_large_as_fits_by_the_estimate_where_nothing_else_
 
 
 def test_of_a_base_whose_shape_is_not_known_packs_are_the_usual_ones():
-    assert memory.gpu_tokens_per_pack(None, load(ROOT / "params.yaml"), "bfloat16", True, memory.GIB) == 16384
+    assert memory.gpu_tokens_per_pack(None, load(ROOT / "params.yaml"), "bfloat16", True, memory.GIB) == 24576
 
 
 def test_training_asks_the_card_how_large_packs_may_be(tiny_model, monkeypatch):
     machine = Resolved("cuda", ("cuda:0",), torch.bfloat16, 16384, 256, "batches")
     params = load(ROOT / "params.yaml")
-    for bytes_there, expected in ((80 * memory.GIB, 16384), (1, params.encode.max_length)):
+    for bytes_there, expected in ((80 * memory.GIB, 24576), (1, params.encode.max_length)):
         card = types.SimpleNamespace(major=9, minor=0, total_memory=bytes_there)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number, card=card: card)
         assert fitted(params, machine, tiny_model, 1, ALONE).tokens_per_pack == expected

@@ -17,12 +17,15 @@ from stages.models.recomputed import recomputed
 
 KEYS = 4  # keys to a query, at most, where packs share beginnings
 MOST = 12  # sizes; each keeps a copy of the adapters' gradients
+STEP = 256  # tokens, of which each size is a multiple
+# Tokens that a GPU could have trained on while a size is recorded, which takes about a second: an H200 at the shape of
+# Gemma 3 1B (bench/results/train_h200.json). Twice or half as many choose nearly the same sizes.
+RECORDING = 100_000
 
 
 def size_of(tokens: int) -> int:
-    """The next size up, in steps of 256 tokens and, from 2,048 on, of an eighth of the power of two below."""
-    step = max(256, 1 << max(0, tokens.bit_length() - 4))
-    return -(-tokens // step) * step
+    """The next size up."""
+    return -(-tokens // STEP) * STEP
 
 
 class _Decoder(nn.Module):
@@ -49,7 +52,8 @@ def own_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    model.zero_grad = functools.partial(type(model).zero_grad, model, set_to_none=False)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad = lambda set_to_none=False: torch._foreach_zero_(gradients)
 
 
 class Graphs:
@@ -111,13 +115,16 @@ class Graphs:
             )
 
     def _try(self, decoder: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        """One pass there and back that leaves nothing behind."""
+        """One pass there and back that leaves nothing behind, through a layer of each kind after the first."""
+        layers = decoder.decoder.layers
+        decoder.decoder.layers = layers[: enough(decoder.decoder)]
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = [parameter.grad for parameter in trained]
         for parameter in trained:
             parameter.grad = None
         hidden = decoder(*inputs)
         hidden.backward(torch.zeros_like(hidden))
+        decoder.decoder.layers = layers
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
 
@@ -129,9 +136,28 @@ class Graphs:
         return recomputed(lambda hidden: plain(hidden, *more, **options), hidden)
 
 
+def enough(decoder: nn.Module) -> int:
+    """How many of the first layers have one of each kind after the first layer, whose kernels all others use too."""
+    kinds = getattr(decoder.config, "layer_types", None) or [None] * len(decoder.layers)
+    return 1 + max((kinds.index(kind, 1) for kind in set(kinds[1:])), default=0)
+
+
 def chosen(coming: Iterable[tuple[int, bool]]) -> list[tuple[int, bool]]:
-    """MOST sizes, each with whether rows share beginnings: the largest of both kinds, then those of the most packs."""
-    counts = Counter((size_of(tokens), shared) for tokens, shared in coming)
-    largest = {shared: size for size, shared in sorted(counts)}
-    first = [(size, shared) for shared, size in largest.items()]
-    return [*first, *sorted(counts.keys() - {*first}, key=lambda key: (-counts[key], key))][:MOST]
+    """At most MOST sizes, each with whether rows share beginnings, with which recording and padding take least: the
+    best last size for the first n that packs have, for each n, from the best for fewer (as in optimal quantization,
+    Bruce 1965). The largest of both kinds are always among them."""
+    counts = sorted(Counter((shared, size_of(tokens)) for tokens, shared in coming).items())
+    best: dict[tuple[int, int], tuple[int, list]] = {(0, 0): (0, [])}  # of the first n with m sizes: tokens, sizes
+    for n, ((shared, size), _) in enumerate(counts, 1):
+        for m in range(1, min(n, MOST) + 1):
+            plans, packs = [], 0
+            for before in reversed(range(n)):
+                if counts[before][0][0] != shared:
+                    break
+                packs += counts[before][1]
+                if (before, m - 1) in best:
+                    tokens, sizes = best[before, m - 1]
+                    plans.append((tokens + packs * size + RECORDING, [*sizes, (size, shared)]))
+            if plans:
+                best[n, m] = min(plans)
+    return min((plan for (n, _), plan in best.items() if n == len(counts)), default=(0, []))[1]

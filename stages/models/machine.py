@@ -14,7 +14,7 @@ from stages.refusal import Refusal
 
 # malloc.h of glibc
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384, "xla": 1024}
+TOKENS_PER_PACK = {"cpu": 1024, "cuda": 24576, "xla": 1024}
 ROWS_PER_BATCH = {"cpu": 105, "cuda": 256}
 FASTER = 0.8  # share of float32's time that bfloat16 must stay under to be chosen
 

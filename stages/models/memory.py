@@ -13,7 +13,7 @@ from stages.params import Lora, Params
 GIB = 2**30
 
 # Of modules beside this one, which import torch; tests/test_memory.py compares them.
-TOKENS_PER_PACK = {"cpu": 1024, "cuda": 16384, "xla": 1024}  # machine.py
+TOKENS_PER_PACK = {"cpu": 1024, "cuda": 24576, "xla": 1024}  # machine.py
 ROWS_PER_BATCH = {"cpu": 105, "cuda": 256}
 PROMPT_TOKENS = {"cpu": 8192}  # generate.py
 HEAD_TOKENS = {"cpu": 128, "cuda": 2048}  # loss.py
@@ -205,9 +205,8 @@ def pack_tokens(params: Params, device: str) -> int:
 
 
 def recorded_size(tokens: int) -> int:
-    """graphs.size_of: the padded size of a pack."""
-    step = max(256, 1 << max(0, tokens.bit_length() - 4))
-    return -(-tokens // step) * step
+    """graphs.size_of: the padded size of the largest pack."""
+    return -(-tokens // 256) * 256
 
 
 def layer_bytes(model: Shape, lora: Lora, dtype: str, compiled: bool, flash: bool, longest: int, shared: bool) -> float:
@@ -233,7 +232,10 @@ def layer_bytes(model: Shape, lora: Lora, dtype: str, compiled: bool, flash: boo
         kept += wide * (q + 2 * q + q) + (b * q if "o_proj" in own else 0)  # keys and values once for each query's head
         if model.capped:  # _softcapped's bounded scores and softmax, of each query with each key of its row
             kept += model.heads * longest * (4 + 2 * b)
-    kept += b * i * (2 if compiled else 3) + (b * i if "down_proj" in own or not compiled else 0)
+    kept += b * i * (2 if compiled else 3)
+    together = own.keys() >= {"gate_proj", "up_proj", "down_proj"} and lora.method != "dora" and not lora.dropout
+    if not compiled or ("down_proj" in own and not together):  # fused._GatedLora makes act(gate)·up again
+        kept += b * i
     if lora.dropout:  # of each element that goes into an adapter, whether it is kept
         kept += sum(a for a, _ in own.values())
     if lora.method == "dora":  # PEFT's forward: each adapter a float32 copy of what goes in
