@@ -1,10 +1,12 @@
-"""axolotl's own trainer on the rows of `bench.train`: its fused LoRA kernels, Liger's, and its varlen attention.
+"""axolotl's own trainer on the rows of `bench.train`: its fused LoRA kernels, Liger's, and PyTorch's attention under a
+mask of blocks, since it leaves varlen attention out for models with sliding windows.
 
     python -m bench.peer_axolotl MODEL [nf4]
 
 Written against axolotl 0.19.0, which pins other versions than requirements.txt: `bench.train` runs it with
-AXOLOTL_SITE, a folder of its packages, before its own. Rows come as tokens, as `trl` gets them; packs of as many tokens
-as lorepro's, no evaluation, no gradient checkpointing. Prints one line, RESULT and JSON.
+AXOLOTL_SITE, a folder of its packages, before its own. Rows come as tokens, as `trl` gets them, in packs of 2,048, the
+longest row's and TRL's, since the masks of longer ones would cost most; as many a step as make about a step of
+lorepro's. No evaluation, no gradient checkpointing. Prints one line, RESULT and JSON.
 """
 
 import json
@@ -18,9 +20,9 @@ from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_train
 from axolotl.integrations.base import BasePlugin
 
-from bench.train import MEASURED, MODELS, ROWS_A_STEP, WARM, Marks, figures, folder_of, rows, tokenizer
+from bench.train import MODELS, PEERS_MEASURED, ROWS_A_STEP, WARM, Marks, figures, folder_of, rows, tokenizer
 
-TOKENS_PER_PACK = 16384
+TOKENS_PER_PACK, PACKS_A_STEP = 2048, 8
 PADDING = 0
 marks = Marks()
 tokens: list[torch.Tensor] = []  # of each step, those that are no padding
@@ -49,7 +51,7 @@ def settings(model: str, nf4: bool, scratch: Path) -> dict:
     folder = folder_of(model)
     tokenizer().save_pretrained(scratch / "tokenizer")
     with (scratch / "rows.jsonl").open("w", encoding="utf-8") as file:
-        for row in rows(4 * ROWS_A_STEP * (WARM + MEASURED), MODELS[model].vocab_size):
+        for row in rows(4 * ROWS_A_STEP * (WARM + PEERS_MEASURED), MODELS[model].vocab_size):
             kept = {key: row[key] for key in ("input_ids", "labels")}
             file.write(json.dumps(kept | {"attention_mask": [1] * len(row["input_ids"])}) + "\n")
     kernels = {f"lora_{name}_kernel": on_gpu for name in ("mlp", "qkv", "o")}
@@ -71,18 +73,18 @@ def settings(model: str, nf4: bool, scratch: Path) -> dict:
         **(liger if on_gpu else {}),
         "plugins": plugins,
         "attn_implementation": "sdpa",
-        "sequence_len": TOKENS_PER_PACK if on_gpu else 2048,
+        "sequence_len": TOKENS_PER_PACK,
         "sample_packing": True,
         "pad_to_sequence_len": True,
-        "micro_batch_size": 1,
+        "micro_batch_size": PACKS_A_STEP if on_gpu else 1,
         "gradient_accumulation_steps": 1,
-        "max_steps": WARM + MEASURED,
+        "max_steps": WARM + PEERS_MEASURED,
         "learning_rate": 1e-4,
         "lr_scheduler": "constant",
         "optimizer": "adamw_torch_fused",
         "bf16": on_gpu,
         "gradient_checkpointing": False,
-        "logging_steps": (WARM + MEASURED) // 2,
+        "logging_steps": (WARM + PEERS_MEASURED) // 2,
         "save_strategy": "no",
         "val_set_size": 0,
         "special_tokens": {"pad_token": "<pad>"},

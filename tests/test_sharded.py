@@ -199,7 +199,7 @@ def test_auto_shares_no_base_where_that_cannot_be_and_what_is_asked_for_is_done(
 
 @pytest.mark.parametrize(
     ("gib", "asked", "expected"),
-    [(1000, "auto", 24576), (80, "auto", 2048), (48, "auto", 768), (20, "auto", 512), (20, 4096, 4096)],
+    [(1000, "auto", 24576), (80, "auto", 3072), (48, "auto", 1024), (20, "auto", 512), (20, 4096, 4096)],
 )
 def test_packs_on_a_gpu_are_as_large_as_fits_by_the_estimate_where_nothing_else_is_asked_for(gib, asked, expected):
     shape, params = of_gemma_27b()

@@ -19,6 +19,7 @@ from stages import train
 from stages.encode import SCHEMA
 from stages.models import checkpoints, room
 from stages.models.fused import (
+    KINDS,
     _DroppedLora,
     _FusedLora,
     _Gated,
@@ -27,7 +28,6 @@ from stages.models.fused import (
     fuse,
     group_projections,
 )
-from stages.models.gate import KINDS
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.lora import add_adapters, load_adapter
 from stages.models.machine import resolve

@@ -5,6 +5,7 @@ on a GPU those passes take longer than the products.
 """
 
 import functools
+import math
 import types
 from collections.abc import Callable, Sequence
 
@@ -13,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
+from transformers.activations import GELUTanh, SiLUActivation
 
 from stages.models.compiled import any_length, any_weight
 from stages.models.families import FAMILIES
-from stages.models.gate import KINDS, MOST_RANK, Sums, gated, gated_backward, gated_backward_sums
 from stages.models.quantized import dense
-
-ALIGNED = 64  # elements of a row, 128 bytes in 16 bits
 
 
 class _FusedLora(torch.autograd.Function):
@@ -52,13 +51,6 @@ def _of_tokens(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(gradient.T, x, out_dtype=torch.float32)  # which a CPU does not know
     return (gradient.T @ x).float()
-
-
-def aligned(factor: torch.Tensor, axis: int, rows: torch.Tensor) -> torch.Tensor:
-    """The factor with 0 up to a multiple of ALIGNED elements along `axis`, on a GPU: beside [T, H], whose H is one too,
-    rows then begin where its memory's lines do, which a product reads faster."""
-    more = -factor.shape[axis] % ALIGNED if rows.is_cuda else 0
-    return F.pad(factor, (0, 0, 0, more) if axis == 0 else (0, more)) if more else factor
 
 
 class _DroppedLora(torch.autograd.Function):
@@ -109,24 +101,22 @@ class _WideLora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, weight, down, up, scaling: float):
-        down = aligned(down, 0, rows).to(rows.dtype)
+        down = down.to(rows.dtype)
         inner = rows @ down.T
         ctx.save_for_backward(rows, weight, down, up, inner)
         ctx.scaling = scaling
-        after = len(down) - up.shape[1]
-        return torch.cat((rows, inner), dim=1) @ _beside([weight], [up], [scaling], rows.dtype, after=after).T
+        return torch.cat((rows, inner), dim=1) @ _beside([weight], [up], [scaling], rows.dtype).T
 
     @staticmethod
     def backward(ctx, gradient):
         rows, weight, down, up, inner = ctx.saved_tensors
-        rank = up.shape[1]
-        to_both = gradient @ _beside([weight], [up], [ctx.scaling], gradient.dtype, after=len(down) - rank)
+        to_both = gradient @ _beside([weight], [up], [ctx.scaling], gradient.dtype)
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = to_both[:, : rows.shape[1]].addmm_(to_inner, down)
-        to_up = _of_tokens(gradient, inner[:, :rank]).mul_(ctx.scaling)
-        return to_x, None, _of_tokens(to_inner[:, :rank], rows), to_up, None
+        to_up = _of_tokens(gradient, inner).mul_(ctx.scaling)
+        return to_x, None, _of_tokens(to_inner, rows), to_up, None
 
 
 def _beside(
@@ -155,8 +145,11 @@ def beside(
 
 
 class _GatedLora(torch.autograd.Function):
-    """down(act(gate(x))·up(x)) of three adapted layers, gate and up as _WideLora: what they share, x and its gradient,
-    is read and written once, and act(gate)·up is made again on the way back."""
+    """down(act(gate(x))·up(x)) of three adapted layers, gate and up as _WideLora, down as _FusedLora.
+
+    What gate and up share, x and its gradient, is read and written once. act(gate)·up is made again on the way back:
+    where it is kept, a layer of Gemma 3 keeps a quarter more.
+    """
 
     @staticmethod
     def forward(ctx, rows, kind, scalings, *factors):
@@ -164,14 +157,11 @@ class _GatedLora(torch.autograd.Function):
         (gate_weight, up_weight, weight), (gate_down, up_down, down), (gate_up, up_up, up) = (
             factors[start::3] for start in range(3)
         )
-        downs = aligned(torch.cat((gate_down, up_down)), 0, rows).to(rows.dtype)
-        down, up = down.to(rows.dtype), up.to(rows.dtype)
+        downs, down, up = (x.to(rows.dtype) for x in (torch.cat((gate_down, up_down)), down, up))
         inner = rows @ downs.T
         both = torch.cat((rows, inner), dim=1)
-        after = len(downs) - len(gate_down)
-        gate = both @ _beside([gate_weight], [gate_up], scalings[:1], rows.dtype, after=after).T
-        before, after = len(gate_down), after - len(up_down)
-        above = both @ _beside([up_weight], [up_up], scalings[1:2], rows.dtype, before, after).T
+        gate = both @ _beside([gate_weight], [gate_up], scalings[:1], rows.dtype, after=len(up_down)).T
+        above = both @ _beside([up_weight], [up_up], scalings[1:2], rows.dtype, before=len(gate_down)).T
         hidden = _of(gated, gate)(gate, above, kind)
         narrow = hidden @ down.T
         ctx.save_for_backward(rows, inner, gate, above, narrow, downs, down, up, gate_up, up_up)
@@ -183,49 +173,30 @@ class _GatedLora(torch.autograd.Function):
         rows, inner, gate, above, narrow, downs, down, up, gate_up, up_up = ctx.saved_tensors
         gate_weight, up_weight, weight = ctx.weights
         first, second = gate_up.shape[1], up_up.shape[1]
-        last = len(downs) - first - second
         to_narrow = (gradient @ up).mul_(ctx.scalings[2])
         to_up = _of_tokens(gradient, narrow).mul_(ctx.scalings[2])
-        parts = inner[:, :first], inner[:, first : first + second], to_narrow
-        sums = _gated_backward_sums(_to_wide(gradient, to_narrow, weight, down), gate, above, ctx.kind, *parts)
-        before, after = first, second + last
-        to_both = sums.to_gate @ _beside([gate_weight], [gate_up], ctx.scalings[:1], rows.dtype, after=after)
-        to_both.addmm_(sums.to_up, _beside([up_weight], [up_up], ctx.scalings[1:2], rows.dtype, before, last))
+        to_gate = _to_wide(gradient, to_narrow, weight, down)  # at first that of act(gate)·up
+        to_above, hidden = _of(gated_again, gradient)(to_gate, gate, above, ctx.kind)
+        to_down = _of_tokens(to_narrow, hidden)
+        del hidden
+        to_both = to_gate @ _beside([gate_weight], [gate_up], ctx.scalings[:1], rows.dtype, after=second)
+        to_both.addmm_(to_above, _beside([up_weight], [up_up], ctx.scalings[1:2], rows.dtype, before=first))
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = to_both[:, : rows.shape[1]].addmm_(to_inner, downs)
         to_downs = _of_tokens(to_inner, rows)
-        of_gate = None, to_downs[:first], sums.gate_sums * ctx.scalings[0]
-        of_up = None, to_downs[first : first + second], sums.up_sums * ctx.scalings[1]
-        return to_x, None, None, *of_gate, *of_up, None, sums.down_sums, to_up
-
-
-def _gated_backward_sums(
-    gradient: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    kind: str,
-    inner_gate: torch.Tensor,
-    inner_up: torch.Tensor,
-    to_down: torch.Tensor,
-) -> Sums:
-    """gate.gated_backward_sums, or the same in passes of their own."""
-    most = max(x.shape[1] for x in (inner_gate, inner_up, to_down))
-    if gradient.is_cuda and most <= MOST_RANK:
-        return gated_backward_sums(gradient, gate, up, kind, inner_gate, inner_up, to_down)
-    to_gate, to_up = _of(gated_backward, gradient)(gradient, gate, up, kind)
-    hidden = _of(gated, gate)(gate, up, kind)
-    sums = _of_tokens(to_gate, inner_gate), _of_tokens(to_up, inner_up), _of_tokens(to_down, hidden)
-    return Sums(to_gate, to_up, *sums)
+        to_gate_up = _of_tokens(to_gate, inner[:, :first]).mul_(ctx.scalings[0])
+        to_up_up = _of_tokens(to_above, inner[:, first:]).mul_(ctx.scalings[1])
+        of_gate, of_up, of_down = (to_downs[:first], to_gate_up), (to_downs[first:], to_up_up), (to_down, to_up)
+        return to_x, None, None, None, *of_gate, None, *of_up, None, *of_down
 
 
 def _to_wide(gradient: torch.Tensor, to_inner: torch.Tensor, weight: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """gradient·W + to_inner·A, as one product where the result is on a GPU, [T, in] of [T, out] and [T, r]."""
-    if not gradient.is_cuda:
-        return (gradient @ dense(weight, gradient.dtype)).addmm_(to_inner, down)
-    both = torch.cat((gradient, aligned(to_inner, 1, gradient)), dim=1)
-    return both @ torch.cat((dense(weight, down.dtype), aligned(down, 0, gradient)))
+    """gradient·W + to_inner·A, [T, in] of [T, out] and [T, r]: on a GPU one product, as _WideLora."""
+    if gradient.is_cuda and gradient.shape[1] < down.shape[1]:
+        return torch.cat((gradient, to_inner), dim=1) @ torch.cat((dense(weight, down.dtype), down))
+    return (gradient @ dense(weight, gradient.dtype)).addmm_(to_inner, down)
 
 
 class _GroupedLora(torch.autograd.Function):
@@ -238,18 +209,17 @@ class _GroupedLora(torch.autograd.Function):
     def forward(ctx, rows, scalings, *factors):
         """scalings: of each layer; factors: of each W, A and B."""
         weights, downs, ups = factors[::3], factors[1::3], factors[2::3]
-        down = aligned(torch.cat(downs), 0, rows).to(rows.dtype)
+        down = torch.cat(downs).to(rows.dtype)
         inner = rows @ down.T
         ctx.save_for_backward(rows, inner, down, *weights, *ups)
         ctx.scalings = scalings
-        ctx.after = len(down) - sum(up.shape[1] for up in ups)
-        return torch.cat((rows, inner), dim=1) @ _beside(weights, ups, scalings, rows.dtype, after=ctx.after).T
+        return torch.cat((rows, inner), dim=1) @ _beside(weights, ups, scalings, rows.dtype).T
 
     @staticmethod
     def backward(ctx, gradient):
         rows, inner, down, *saved = ctx.saved_tensors
         weights, ups = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        to_both = gradient @ _beside(weights, ups, ctx.scalings, gradient.dtype, after=ctx.after)
+        to_both = gradient @ _beside(weights, ups, ctx.scalings, gradient.dtype)
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
@@ -303,6 +273,40 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return *_of(gated_backward, gradient)(gradient, *ctx.saved_tensors, ctx.kind), None
+
+
+# Both activations are x·sigmoid(z): SiLU with z = x; GELU's tanh form (Hendrycks and Gimpel 2016), since
+# (1 + tanh(y))/2 = sigmoid(2y), with this one. A GPU computes a sigmoid in a third of tanh's time.
+KINDS = {GELUTanh: "gelu", SiLUActivation: "silu"}
+SCALE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+    """act(gate)·up; kind: of KINDS."""
+    x = gate.float()
+    z = x if kind == "silu" else SCALE * x * (1 + CUBE * x * x)
+    return (x * torch.sigmoid(z) * up.float()).to(gate.dtype)
+
+
+def gated_backward(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up, from that of act(gate)·up."""
+    x, outer = gate.float(), gradient.float()
+    z = x if kind == "silu" else SCALE * x * (1 + CUBE * x * x)
+    slope = 1 if kind == "silu" else SCALE * (1 + 3 * CUBE * x * x)
+    share = torch.sigmoid(z)
+    to_gate = outer * up.float() * share * (1 + x * (1 - share) * slope)
+    return to_gate.to(gate.dtype), (outer * x * share).to(up.dtype)
+
+
+def gated_again(
+    gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of up, and act(gate)·up itself; `gradient` becomes that of gate."""
+    to_gate, to_up = gated_backward(gradient, gate, up, kind)
+    gradient.copy_(to_gate)
+    return to_up, gated(gate, up, kind)
 
 
 def _of(function: Callable, tensor: torch.Tensor, compiled: Callable[[Callable], Callable] = any_length) -> Callable:

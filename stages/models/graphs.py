@@ -18,9 +18,9 @@ from stages.models.recomputed import recomputed
 KEYS = 4  # keys to a query, at most, where packs share beginnings
 MOST = 12  # sizes; each keeps a copy of the adapters' gradients
 STEP = 256  # tokens, of which each size is a multiple
-# Tokens that a GPU could have trained on while a size is recorded, which takes about a second: an H200 at the shape of
-# Gemma 3 1B (bench/results/train_h200.json). Twice or half as many choose nearly the same sizes.
-RECORDING = 100_000
+# Tokens that a GPU could have trained on while a size is recorded: at the shape of Gemma 3 1B an H200 takes 0.26 s, and
+# trains on 110,000 a second (bench/README.md).
+RECORDING = 30_000
 
 
 def size_of(tokens: int) -> int:

@@ -209,6 +209,13 @@ def recorded_size(tokens: int) -> int:
     return -(-tokens // 256) * 256
 
 
+def gated_again(lora: Lora) -> bool:
+    """Whether a GPU makes act(gate)·up again on the way back, and does not keep it (fused._GatedLora)."""
+    named = lora.target_modules
+    whole = named == "all-linear" or {"gate_proj", "up_proj", "down_proj"} <= set(named)
+    return whole and lora.method != "dora" and not lora.dropout
+
+
 def layer_bytes(model: Shape, lora: Lora, dtype: str, compiled: bool, flash: bool, longest: int, shared: bool) -> float:
     """What one token of a row of `longest` leaves behind in one layer for the way back.
 
@@ -233,8 +240,7 @@ def layer_bytes(model: Shape, lora: Lora, dtype: str, compiled: bool, flash: boo
         if model.capped:  # _softcapped's bounded scores and softmax, of each query with each key of its row
             kept += model.heads * longest * (4 + 2 * b)
     kept += b * i * (2 if compiled else 3)
-    together = own.keys() >= {"gate_proj", "up_proj", "down_proj"} and lora.method != "dora" and not lora.dropout
-    if not compiled or ("down_proj" in own and not together):  # fused._GatedLora makes act(gate)·up again
+    if not compiled or ("down_proj" in own and not gated_again(lora)):
         kept += b * i
     if lora.dropout:  # of each element that goes into an adapter, whether it is kept
         kept += sum(a for a, _ in own.values())
@@ -272,7 +278,7 @@ def training(
     if recorded:
         adapters += GRAPHS * 4 * own
     layer = layer_bytes(model, lora, dtype, gpu, fused, longest, shared)
-    back = 2 * model.inner * size  # of the layer that is on its way back
+    back = (3 if gated_again(lora) else 2) * model.inner * size  # of the layer that is on its way back
     inputs = model.layers * model.hidden * size  # of layers that are computed again (recomputed.py)
     activations = tokens * (model.layers * layer + back if shares == 1 else inputs + layer + back)
     head = HEAD_TOKENS[device] * model.vocabulary * (size if gpu else size + 4)
