@@ -98,6 +98,7 @@ def main(model: str, *quantized: str) -> None:
         do_train(load_cfg(str(scratch / "config.yaml")), TrainerCliArgs())
     last = {key: value for log in losses if "loss" in log for key, value in log.items()}
     found = figures(marks, [int(count) for count in tokens], model)
+    found.pop("peak_gib", None)  # axolotl sets PyTorch's count back whenever it logs
     print("RESULT " + json.dumps(found | {"loss": float(last["loss"]), "gradient_norm": float(last["grad_norm"])}))
 
 

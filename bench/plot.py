@@ -14,6 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 NAMES = {
     "ours": "lorepro",
     "ours-nf4": "lorepro, nf4",
+    "axolotl": "axolotl, its LoRA kernels",
     "trl": "TRL, its best flags",
     "trl-nf4": "TRL, nf4, checkpointing",
     "tutorial": "the tutorial's settings",

@@ -39,7 +39,7 @@ WARM = 12
 MEASURED = {"gemma2-9b": 20, "gemma3-27b": 20}  # steps after the warm ones; of smaller models 100
 PEERS_MEASURED = 20  # which record nothing
 LONGEST_SECONDS = 150
-TOKENS_PER_PACK = {"ours-larger-packs": 24576, "ours-smaller-packs": 8192}
+TOKENS_PER_PACK = {"ours-smaller-packs": 8192}
 PEAK_TFLOPS = 790  # of an 8192³ product in bfloat16 on an H100 and an H200, read there
 
 GEMMA3 = {"vocab_size": 262144, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512}

@@ -53,16 +53,23 @@ def _partial(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it replaces `path` when the block ends, and is deleted when the block fails."""
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, deleted when the block ends; where a kill leaves it, by the next one."""
     partial = _partial(path)
     partial.mkdir()
     try:
         yield partial
-        shutil.rmtree(path, ignore_errors=True)
-        partial.replace(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it replaces `path` when the block ends, and is deleted when the block fails."""
+    with scratch_folder(path) as partial:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

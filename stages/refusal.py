@@ -95,10 +95,10 @@ def die_with_dvc() -> None:
     die_with_parent(parent)
     dvc = _dvc(parent)
     try:
-        elsewhere = os.getsid(dvc) != os.getsid(0)  # as the process that orphans are given to
+        gone = os.getsid(dvc) != os.getsid(0) or _takes_orphans(dvc)
     except ProcessLookupError:
-        elsewhere = True
-    if elsewhere:
+        gone = True
+    if gone:
         end(f"DVC has ended, and this stage with it{GO_ON}", 128 + signal.SIGKILL)
     if dvc != parent:  # a shell stands between, which would wait for this process
         threading.Thread(target=_watch, args=(parent, dvc), daemon=True).start()
@@ -119,6 +119,15 @@ def _dvc(process: int) -> int:
         while process and mark in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
             process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     return process
+
+
+def _takes_orphans(process: int) -> bool:
+    """Whether it is the first process of a container, to which orphans are given: it can share their session. DVC can
+    be it too, and then is Python."""
+    if process != 1:
+        return False
+    program, *arguments = Path("/proc/1/cmdline").read_bytes().split(b"\0")
+    return b"python" not in program.rpartition(b"/")[2] or not any(b"dvc" in argument for argument in arguments)
 
 
 def _watch(parent: int, dvc: int) -> None:

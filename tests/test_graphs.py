@@ -11,8 +11,8 @@ import torch
 
 from stages.models import graphs
 from stages.models.compiled import compile_pieces
-from stages.models.fused import fuse
-from stages.models.graphs import MOST, Graphs, _Decoder, chosen, enough, own_gradients, size_of
+from stages.models.fused import _gated_lora_forward, _takes_part, fuse
+from stages.models.graphs import MOST, Graphs, _Decoder, chosen, layers_to_try, own_gradients, size_of
 from stages.models.load import load_model, pack_loss
 from stages.models.lora import add_adapters
 from stages.models.packs import IGNORED, pack, sizes
@@ -43,20 +43,20 @@ def adapted(folder, **more):
     return base, model
 
 
-def test_the_largest_size_of_both_kinds_is_recorded_and_others_where_they_save_more_than_recording_takes(monkeypatch):
+def test_the_largest_size_of_both_kinds_is_recorded_and_others_where_they_save_more_than_recording_takes():
     coming = [(9000, False), (300, False), (700, True)]
-    assert chosen(coming) == [(9216, False), (768, True)], "one short pack is padded"
+    assert chosen(coming, 30_000) == [(9216, False), (768, True)], "one short pack is padded"
     many = [*coming, *[(300, False)] * 20, *[(500, False)] * 20, *[(5000, False)] * 30]
-    assert chosen(many) == chosen(reversed(many)), "whatever comes first: a run that goes on must choose the same"
-    assert chosen(many) == [(512, False), (5120, False), (9216, False), (768, True)]
-    assert chosen([]) == []
-    monkeypatch.setattr(graphs, "RECORDING", 0)
-    all_sizes = chosen((tokens, False) for tokens in range(1, 8192, 256))
+    found = chosen(many, 30_000)
+    assert found == chosen(reversed(many), 30_000), "whatever comes first: a run that goes on must choose the same"
+    assert found == [(512, False), (5120, False), (9216, False), (768, True)]
+    assert chosen(many, 150_000) == [(512, False), (9216, False), (768, True)]
+    assert chosen([], 1) == []
+    all_sizes = chosen(((tokens, False) for tokens in range(1, 8192, 256)), 0)
     assert len(set(all_sizes)) == MOST and all_sizes[-1] == (8192, False)
 
 
 def test_the_sizes_chosen_take_no_more_than_any_others(monkeypatch):
-    monkeypatch.setattr(graphs, "RECORDING", 1000)
     monkeypatch.setattr(graphs, "MOST", 3)
     chance = random.Random(0)
     for _ in range(20):
@@ -71,7 +71,7 @@ def test_the_sizes_chosen_take_no_more_than_any_others(monkeypatch):
                 ]
                 if None not in padded:
                     costs[frozenset(some)] = sum(padded) + 1000 * count
-        assert costs[frozenset(chosen(coming))] == min(costs.values())
+        assert costs[frozenset(chosen(coming, 1000))] == min(costs.values())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,10 @@ def test_the_sizes_chosen_take_no_more_than_any_others(monkeypatch):
 )
 def test_the_pass_before_a_recording_goes_through_a_layer_of_each_kind_beside_the_first(kinds, layers):
     config = types.SimpleNamespace(layer_types=kinds)
-    assert enough(types.SimpleNamespace(config=config, layers=[None] * len(kinds or range(8)))) == layers
+    made = [torch.nn.Linear(2, 2) for _ in kinds or range(8)]
+    assert layers_to_try(types.SimpleNamespace(config=config, layers=made)) == layers
+    made[-1].bias.requires_grad_(False)
+    assert layers_to_try(types.SimpleNamespace(config=config, layers=made)) == len(made), "another one's adapters"
 
 
 @pytest.mark.parametrize("shared", [0, 60])
@@ -95,7 +98,7 @@ def test_a_pack_takes_the_next_larger_size_and_the_largest_is_recorded_before_it
         self.recorded[size, shared] = lambda *inputs: (size, inputs[0].shape)
 
     monkeypatch.setattr(Graphs, "_record", record)
-    monkeypatch.setattr(graphs, "RECORDING", 0)
+    monkeypatch.setattr(graphs, "MOST_RECORDING", 0)
     made = rows(20, shared, random.Random(0))
     coming = [(2048, bool(shared)), (1024, bool(shared)), (256, not shared)]
     passes = Graphs(base, made, coming)
@@ -118,10 +121,15 @@ def test_the_sizes_of_packs_are_known_before_they_are_laid(device):
         assert sizes(own, 300) == laid
 
 
+# adapters on the third layer's MLP alone
+THIRD = [f"2.mlp.{name}_proj" for name in ("gate", "up", "down")]
+
+
 @pytest.mark.parametrize("more", [{}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["up_proj"]},
-                                  {"dropout": 0.3}], ids=str)  # fmt: skip
+                                  {"target_modules": ["q_proj", *THIRD]}, {"dropout": 0.3}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("alike", [True, False])
 def test_what_is_compiled_for_a_recording_was_compiled_by_the_pass_before_it(
-    tiny_model, more, without_a_gpu, monkeypatch
+    tiny_model, more, alike, without_a_gpu, monkeypatch
 ):
     """By what the compiler distinguishes: a recording that must compile ends the training."""
     calls = {False: set(), True: set()}
@@ -138,9 +146,14 @@ def test_what_is_compiled_for_a_recording_was_compiled_by_the_pass_before_it(
     monkeypatch.setattr("stages.models.compiled.any_length", any_length)
     monkeypatch.setattr("stages.models.fused._of", lambda function, tensor, compiled=any_length: any_length(function))
     base, model = adapted(tiny_model, **more)
+    if alike:
+        base.config.layer_types = ["full_attention"] * len(base.get_decoder().layers)
     modeling = sys.modules[type(base).__module__]  # which compile_pieces changes
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
     fuse(model)
+    for mlp in model.modules():  # as on a GPU
+        if hasattr(mlp, "gate_proj") and all(map(_takes_part, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))):
+            mlp.forward = types.MethodType(_gated_lora_forward, mlp)
     compile_pieces(base)
     own_gradients(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

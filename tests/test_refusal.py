@@ -1,6 +1,7 @@
 """How a stage ends: one line and a status that is not 0, whatever ends it; and it does end when DVC does."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -187,6 +188,31 @@ LATE = (
     "done = subprocess.run([sys.executable, 'stage.py', 'pass'], stderr=-1, text=True, start_new_session=True); "
     "open('said', 'w').write(done.stderr)"
 )
+
+
+def in_a_container(folder: Path, command: list[str]) -> subprocess.Popen:
+    """The command as the first process of a namespace, whose orphans become its own."""
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a process namespace needs rights that this user lacks")
+    return start(folder, *unshare, *command)
+
+
+def test_in_a_container_a_stage_whose_dvc_was_gone_before_it_began_does_not_begin(tmp_path):
+    stage = f"(sleep 0.5; DVC_STAGE=train '{sys.executable}' stage.py pass 2> said) & "
+    dvc = f"sh -c {shlex.quote(stage)}; sleep 20"  # its parent ends at once; sh, the first process, is given it
+    first = in_a_container(tmp_path, ["sh", "-c", dvc])
+    assert "DVC has ended" in wait_for(tmp_path / "said")
+    assert not (tmp_path / "begun").exists()
+    first.kill()
+
+
+def test_in_a_container_whose_first_process_is_dvc_a_stage_runs(tmp_path):
+    stage = "[sys.executable, 'stage.py', 'pass'], env=os.environ | {'DVC_STAGE': 'train'}"
+    dvc = f"import os, subprocess, sys; subprocess.run({stage})"
+    first = in_a_container(tmp_path, [sys.executable, "-c", dvc, "dvc"])
+    said = first.communicate(timeout=60)[1]
+    assert not said and (tmp_path / "out/file").exists()
 
 
 def test_a_stage_that_nothing_but_a_person_started_outlives_its_parent(tmp_path):

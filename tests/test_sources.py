@@ -3,7 +3,10 @@
 import hashlib
 import json
 import shutil
+import socket
 import stat
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from pydantic import ValidationError
 
 from stages.refusal import Refusal
 from stages.sources import path, wheel
+from tests.conftest import ROOT
 
 METADATA = "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n"
 WHEEL = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -213,6 +217,32 @@ def test_a_damaged_member_is_refused(index, folder):
     sha256 = damaged(index, b"a text to damage", b"A TEXT TO DAMAGE")
     line = refused(wheel.fetch, wheels(package(sha256, "a")), folder)
     assert "toy 1.0: the wheel is not a whole zip archive" in line and "CRC" in line
+
+
+def test_pip_ends_with_the_stage_that_is_killed_and_the_next_one_clears_away_what_it_left(index, folder, monkeypatch):
+    """pip waits for an index that takes its call and does not answer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.getsockname()[1]}/simple")
+        monkeypatch.delenv("PIP_NO_INDEX", raising=False)
+        spec = wheels(package(NONE, "a"))
+        code = (
+            f"from pathlib import Path; from stages.sources import wheel; "
+            f"wheel.fetch(wheel.Spec(**{spec.model_dump()!r}), Path({str(folder)!r}))"
+        )
+        stage = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+        server.settimeout(60)
+        call, _ = server.accept()
+        stage.kill()
+        stage.wait()
+        call.settimeout(10)
+        while call.recv(4096):  # what pip asked for; then nothing, since it is gone
+            pass
+    assert list(folder.parent.glob(".wheel.*"))
+    monkeypatch.delenv("PIP_INDEX_URL")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(Refusal, match="pip cannot download it"):
+        wheel.fetch(spec, folder)
+    assert not list(folder.parent.glob(".wheel.*"))
 
 
 @pytest.mark.parametrize(

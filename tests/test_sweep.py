@@ -224,6 +224,17 @@ def test_eight_experiments_of_which_one_fails_and_one_is_killed_and_then_the_sam
     assert "r=16,learning_rate=0.0001" in page.text and reason in page.text and "train 160" in page.text
 
 
+def test_experiments_that_train_the_very_same_adapter_take_turns_and_train_once(repository):
+    with repository.held(5):
+        running = repository.start("lora.r=5,6", "evaluate.max_new_tokens=8,16")
+        repository.training(5)
+        repository.training(6)  # on the other GPU
+        time.sleep(1)
+    said = running.communicate(timeout=120)[1]
+    assert running.returncode == 0 and "4 experiments, on 2 GPUs" in said and "4 of 4 done" in said, said
+    assert sorted(note["r"] for note in repository.notes() if note.get("r") in (5, 6) and "began" in note) == [5, 6]
+
+
 def test_a_sweep_that_is_killed_leaves_nothing_running_and_goes_on_where_it_stopped(repository):
     with repository.held(64):
         killed = repository.start("lora.r=32,64", CUDA_VISIBLE_DEVICES="0")

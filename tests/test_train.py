@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import importlib.util
 import json
 import math
@@ -24,6 +25,7 @@ from stages.models.fused import (
     _FusedLora,
     _Gated,
     _gated_lora_forward,
+    _GatedLora,
     _WideLora,
     fuse,
     group_projections,
@@ -288,6 +290,28 @@ def test_an_activation_times_up_has_the_gradients_of_transformers_own(kind):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for one, other in zip(*(torch.autograd.grad(out, trained, outer) for out in (found, expected)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("asks", [True, False])
+def test_an_adapted_mlp_as_one_function_has_the_gradients_of_its_parts(kind, asks):
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, ranks, scalings = draw(10, 4, requires_grad=asks), (4, 3, 2), (0.5, 2.0, 1.5)
+    sizes = ((4, 6), (4, 6), (6, 4))
+    weights = [draw(out, into) for into, out in sizes]
+    downs = [draw(rank, into, requires_grad=True) for rank, (into, _) in zip(ranks, sizes, strict=True)]
+    ups = [draw(out, rank, requires_grad=True) for rank, (_, out) in zip(ranks, sizes, strict=True)]
+
+    def layer(number: int, rows: torch.Tensor) -> torch.Tensor:
+        return rows @ weights[number].T + scalings[number] * (rows @ downs[number].T) @ ups[number].T
+
+    factors = [factor for one in zip(weights, downs, ups, strict=True) for factor in one]
+    found = _GatedLora.apply(x, KINDS[kind], scalings, *factors)
+    expected = layer(2, kind()(layer(0, x)) * layer(1, x))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the gate is float32
+    trained, outer = [*downs, *ups, *([x] if asks else [])], draw(10, 4)
+    for one, other in zip(*(torch.autograd.grad(out, trained, outer) for out in (found, expected)), strict=True):
+        assert (one.double() - other).norm() < 1e-5 * other.norm()
 
 
 @pytest.mark.parametrize(

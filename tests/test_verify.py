@@ -95,6 +95,21 @@ def test_every_object_of_the_remote_is_found_when_it_is_damaged(repository, caps
         damage(path)
 
 
+def test_every_object_that_the_remote_lacks_is_named_but_what_is_never_pushed(repository, capsys):
+    made = sorted(Path("away/files/md5").glob("??/*"))
+    for path in made:
+        content = path.read_bytes()
+        path.unlink()
+        status, lines = verified(capsys, "--remote")
+        assert status == 1 and len(lines) == 1 and f"{path}: is not there, and " in lines[0], lines
+        assert lines[0].endswith(" needs it; dvc push (No such file or directory)")
+        path.write_bytes(content)
+    base = hashlib.md5(b"weights").hexdigest()
+    Path(f"away/files/md5/{base[:2]}/{base[2:]}").unlink()
+    Path("dvc.yaml").write_text(PIPELINE.replace("outs: [models/base]", "outs: [{models/base: {push: false}}]"))
+    assert verified(capsys, "--remote")[0] == 0
+
+
 def test_an_output_that_is_gone_or_another_is_named_with_the_command_that_brings_it_back(repository, capsys):
     Path("folder/one").unlink()
     Path("three").unlink()

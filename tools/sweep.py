@@ -38,7 +38,7 @@ from ruamel.yaml import YAML
 from stages import page
 from stages.last_run import SCORES, flat
 from stages.params import Machine, load
-from stages.refusal import Refusal, run
+from stages.refusal import LAST_SECONDS, Refusal, run
 from stages.sources.path import WATCHED
 from tools import gpus, sweep_page
 from tools.repository import RUNS, git, uncommitted
@@ -64,8 +64,13 @@ class Running:
 
     def end(self) -> None:
         """Leave nothing running: checkpoints and cache are such that a kill does them no harm."""
+        deadline = time.monotonic() + LAST_SECONDS
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            while time.monotonic() < deadline:  # a stage of a DVC that was killed alone is still to go
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.02)
         self.process.wait()
         shutil.rmtree(self.tree, ignore_errors=True)
 
@@ -215,22 +220,33 @@ def why(running: Running) -> str:
     return f"exit status {status}"
 
 
-def run_shared(swept: list[str], head: str) -> None:
-    """Run, once and before the experiments, the stages that no swept parameter reaches: their results then come out of
-    the cache for all."""
+def reads(stage, key: str) -> bool:
+    """Whether the stage's parameters have the key among them."""
+    read = [one for dep in stage.deps if isinstance(dep, ParamsDependency) for one in dep.params]
+    return any(f"{key}.".startswith(f"{one}.") or f"{one}.".startswith(f"{key}.") for one in read)
+
+
+def shared(swept: list[str]) -> tuple[list[str], list[str]]:
+    """The stages that no swept parameter reaches, and the swept parameters that decide what is trained."""
     with Repo(".") as repo:
-        graph = repo.index.graph
-        reached = set()
+        graph = repo.index.graph  # an edge leads to what a stage depends on
+        reached, training = set(), set()
         for stage in graph:
-            read = [key for dep in stage.deps if isinstance(dep, ParamsDependency) for key in dep.params]
-            if any(f"{key}.".startswith(f"{one}.") or f"{one}.".startswith(f"{key}.") for key in swept for one in read):
-                reached |= {stage, *networkx.ancestors(graph, stage)}  # an edge leads to what a stage depends on
-        shared = sorted(stage.addressing for stage in graph if stage not in reached)
-    if not shared:
+            if any(reads(stage, key) for key in swept):
+                reached |= {stage, *networkx.ancestors(graph, stage)}
+            if stage.addressing == "train":
+                training = {stage, *networkx.descendants(graph, stage)}
+        apart = sorted(stage.addressing for stage in graph if stage not in reached)
+        return apart, [key for key in swept if any(reads(stage, key) for stage in training)]
+
+
+def run_shared(stages: list[str], head: str) -> None:
+    """Run the stages once and before the experiments: their results then come out of the cache for all."""
+    if not stages:
         return
-    say(f"first, once for all, what no swept parameter reaches: {', '.join(shared)}")
+    say(f"first, once for all, what no swept parameter reaches: {', '.join(stages)}")
     log = FOLDER / "shared.log"
-    running = start(["repro", *shared], head, log, None, 1)
+    running = start(["repro", *stages], head, log, None, 1)
     try:
         if running.process.wait():
             raise Refusal(f"the stages that all experiments share failed: {why(running)}; all it said is in {log}")
@@ -238,16 +254,20 @@ def run_shared(swept: list[str], head: str) -> None:
         running.end()
 
 
-def run_all(trials: list[Trial], total: int, head: str, where: list[str | None]) -> dict[str, str]:
-    """Run each trial on a place of its own; return why each that failed did, by its name."""
+def run_all(trials: list[Trial], total: int, head: str, where: list[str | None], training: list[str]) -> dict[str, str]:
+    """Run each trial on a place of its own; return why each that failed did, by its name. Of trials that train the very
+    same adapter, whose values of `training` are the same, one runs at a time: the others then find it in the cache."""
     headline = sweep_page.headline(load(PARAMS))
     waiting, free, failed = list(trials), list(where), {}
     running: dict[str, tuple[Trial, str | None, Running]] = {}
     done = total - len(trials)
     try:
         while waiting or running:
-            while waiting and free:
-                trial, place = waiting.pop(0), free.pop(0)
+            busy = [[trial.values[key] for key in training] for trial, _, _ in running.values()]
+            while free and (trial := next((t for t in waiting if [t.values[k] for k in training] not in busy), None)):
+                place = free.pop(0)
+                waiting.remove(trial)
+                busy.append([trial.values[key] for key in training])
                 arguments = ["exp", "run", "--name", trial.name, *(f"-S{override}" for override in trial.overrides)]
                 try:
                     running[trial.name] = trial, place, start(arguments, head, log(trial), place, len(where))
@@ -300,8 +320,9 @@ def main(arguments: list[str]) -> None:
         say(f"{len(trials)} experiments{on}; {len(trials) - len(waiting)} are done already")
         failed = {}
         if waiting:
-            run_shared(list(trials[0].values), head)
-            failed = run_all(waiting, len(trials), head, where)
+            stages, training = shared(list(trials[0].values))
+            run_shared(stages, head)
+            failed = run_all(waiting, len(trials), head, where, training)
         commits = {trial.name: found(head, trial) for trial in trials}
         finished = {trial.name: (trial.values, commits[trial.name]) for trial in trials if commits[trial.name]}
         if finished:

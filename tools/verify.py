@@ -88,17 +88,35 @@ def sources() -> Iterator[Check]:
                 yield Check(lambda path=path: path.open("rb"), expected, wrong)
 
 
-def remote_objects(needed: set[str]) -> Iterator[Check]:
-    """The objects that dvc.lock needs, as the default remote holds them; what is not there is left out."""
+def remote_objects(repo: Repo, needed: dict[str, str]) -> Iterator[Check]:
+    """The objects that dvc.lock needs, as the default remote holds them; `needed` names the outputs of those that it
+    must hold, '' for others."""
     try:
-        repo = Repo(".")
         store = repo.cloud.get_remote_odb()
     except DvcException as error:
         raise Refusal(f"the remote cannot be opened: {error}; see dvc remote list") from None
-    for name in sorted(store.oids_exist(sorted(needed))):
+    there = set(store.oids_exist(sorted(needed)))
+    for name, output in sorted(needed.items()):
         path = store.oid_to_path(name)
-        wrong = f"{store.fs.unstrip_protocol(path)}: is not what its name says; delete it there, then dvc push"
-        yield Check(lambda path=path: store.fs.open(path, "rb"), name.removesuffix(".dir"), wrong)
+        place = store.fs.unstrip_protocol(path)
+        wrong = f"{place}: is not what its name says; delete it there, then dvc push"
+        if name not in there:
+            wrong = f"{place}: is not there, and {output} needs it; dvc push"
+        if output or name in there:
+            yield Check(lambda path=path: store.fs.open(path, "rb"), name.removesuffix(".dir"), wrong)
+
+
+def pushed(lock: dict, files: list[tuple[Path, str, str]], kept: set[str]) -> dict[str, str]:
+    """The objects of all outputs, with one that each belongs to; '' where only outputs that are not of `kept`, those
+    that dvc push takes, have it."""
+    objects = [(out["md5"], out["path"]) for entry in lock["stages"].values() for out in entry.get("outs", [])]
+    owners = {path for _, path in objects}
+    for path, name, _ in files:
+        objects.append((name, next(str(one) for one in (path, *path.parents) if str(one) in owners)))
+    needed: dict[str, str] = {}
+    for name, output in objects:
+        needed[name] = needed.get(name) or (output if output in kept else "")
+    return needed
 
 
 def main(arguments: list[str]) -> None:
@@ -113,8 +131,9 @@ def main(arguments: list[str]) -> None:
     checks = list(objects(place, users))
     there = {path.parent.name + path.name for path in place.glob("??/*")}
     try:
-        with Repo(".") as repo:
-            cached = {out.def_path for out in repo.index.outs if out.use_cache}
+        repo = Repo(".")
+        cached = {out.def_path for out in repo.index.outs if out.use_cache}
+        kept = {out.def_path for out in repo.index.outs if out.use_cache and out.can_push}
     except DvcException as error:
         raise Refusal(f"dvc.yaml: {error}") from None
     lines = list(lost(lock, cached, files, there))
@@ -128,8 +147,7 @@ def main(arguments: list[str]) -> None:
             checks.append(Check(lambda path=path: path.open("rb"), name, wrong))
     checks += sources()
     if options.remote:
-        made = {out["md5"] for entry in lock["stages"].values() for out in entry.get("outs", [])}
-        checks += remote_objects(made | set(users))
+        checks += remote_objects(repo, pushed(lock, files, kept))
     with ThreadPoolExecutor() as pool:
         found = tqdm(pool.map(Check.fails, checks), total=len(checks), unit="file", file=sys.stderr, disable=None)
         lines += [line for line in found if line]

@@ -154,41 +154,39 @@ class _GatedLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, kind, scalings, *factors):
         """scalings: of gate, up and down; factors: of each W, A and B."""
-        (gate_weight, up_weight, weight), (gate_down, up_down, down), (gate_up, up_up, up) = (
-            factors[start::3] for start in range(3)
-        )
-        downs, down, up = (x.to(rows.dtype) for x in (torch.cat((gate_down, up_down)), down, up))
-        inner = rows @ downs.T
-        both = torch.cat((rows, inner), dim=1)
-        gate = both @ _beside([gate_weight], [gate_up], scalings[:1], rows.dtype, after=len(up_down)).T
-        above = both @ _beside([up_weight], [up_up], scalings[1:2], rows.dtype, before=len(gate_down)).T
-        hidden = _of(gated, gate)(gate, above, kind)
-        narrow = hidden @ down.T
-        ctx.save_for_backward(rows, inner, gate, above, narrow, downs, down, up, gate_up, up_up)
-        ctx.weights, ctx.scalings, ctx.kind = (gate_weight, up_weight, weight), scalings, kind
-        return (hidden @ dense(weight, rows.dtype).T).addmm_(narrow, up.T, alpha=scalings[2])
+        weights, (gate_a, up_a, down_a), (gate_b, up_b, down_b) = (factors[start::3] for start in range(3))
+        both_a, down_a, down_b = (x.to(rows.dtype) for x in (torch.cat((gate_a, up_a)), down_a, down_b))
+        inner = rows @ both_a.T
+        wide = torch.cat((rows, inner), dim=1)
+        gate = wide @ _beside(weights[:1], [gate_b], scalings[:1], rows.dtype, after=len(up_a)).T
+        up = wide @ _beside(weights[1:2], [up_b], scalings[1:2], rows.dtype, before=len(gate_a)).T
+        hidden = _of(gated, gate)(gate, up, kind)
+        narrow = hidden @ down_a.T
+        ctx.save_for_backward(rows, inner, gate, up, narrow, both_a, down_a, gate_b, up_b, down_b)
+        ctx.weights, ctx.scalings, ctx.kind = weights, scalings, kind
+        return (hidden @ dense(weights[2], rows.dtype).T).addmm_(narrow, down_b.T, alpha=scalings[2])
 
     @staticmethod
     def backward(ctx, gradient):
-        rows, inner, gate, above, narrow, downs, down, up, gate_up, up_up = ctx.saved_tensors
-        gate_weight, up_weight, weight = ctx.weights
-        first, second = gate_up.shape[1], up_up.shape[1]
-        to_narrow = (gradient @ up).mul_(ctx.scalings[2])
-        to_up = _of_tokens(gradient, narrow).mul_(ctx.scalings[2])
-        to_gate = _to_wide(gradient, to_narrow, weight, down)  # at first that of act(gate)·up
-        to_above, hidden = _of(gated_again, gradient)(to_gate, gate, above, ctx.kind)
-        to_down = _of_tokens(to_narrow, hidden)
+        rows, inner, gate, up, narrow, both_a, down_a, gate_b, up_b, down_b = ctx.saved_tensors
+        weights, scalings, dtype = ctx.weights, ctx.scalings, rows.dtype
+        first, second = gate_b.shape[1], up_b.shape[1]
+        to_narrow = (gradient @ down_b).mul_(scalings[2])
+        to_down_b = _of_tokens(gradient, narrow).mul_(scalings[2])
+        to_gate = _to_wide(gradient, to_narrow, weights[2], down_a)  # at first that of act(gate)·up
+        to_up, hidden = _of(gated_again, gradient)(to_gate, gate, up, ctx.kind)
+        to_down_a = _of_tokens(to_narrow, hidden)
         del hidden
-        to_both = to_gate @ _beside([gate_weight], [gate_up], ctx.scalings[:1], rows.dtype, after=second)
-        to_both.addmm_(to_above, _beside([up_weight], [up_up], ctx.scalings[1:2], rows.dtype, before=first))
+        to_both = to_gate @ _beside(weights[:1], [gate_b], scalings[:1], dtype, after=second)
+        to_both.addmm_(to_up, _beside(weights[1:2], [up_b], scalings[1:2], dtype, before=first))
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = to_both[:, : rows.shape[1]].addmm_(to_inner, downs)
-        to_downs = _of_tokens(to_inner, rows)
-        to_gate_up = _of_tokens(to_gate, inner[:, :first]).mul_(ctx.scalings[0])
-        to_up_up = _of_tokens(to_above, inner[:, first:]).mul_(ctx.scalings[1])
-        of_gate, of_up, of_down = (to_downs[:first], to_gate_up), (to_downs[first:], to_up_up), (to_down, to_up)
+            to_x = to_both[:, : rows.shape[1]].addmm_(to_inner, both_a)
+        to_both_a = _of_tokens(to_inner, rows)
+        to_gate_b = _of_tokens(to_gate, inner[:, :first]).mul_(scalings[0])
+        to_up_b = _of_tokens(to_up, inner[:, first:]).mul_(scalings[1])
+        of_gate, of_up, of_down = (to_both_a[:first], to_gate_b), (to_both_a[first:], to_up_b), (to_down_a, to_down_b)
         return to_x, None, None, None, *of_gate, None, *of_up, None, *of_down
 
 
@@ -314,8 +312,8 @@ def _of(function: Callable, tensor: torch.Tensor, compiled: Callable[[Callable],
 
 
 def fuse(model: PeftModel) -> None:
-    """Let the adapters of plain linear layers train through the functions above, and on a GPU an MLP's act(gate)·up
-    too; others (DoRA) keep PEFT's forward."""
+    """Let the adapters of plain linear layers train through the functions above, on a GPU an MLP as one where all three
+    of its layers have such adapters, and else its act(gate)·up; others (DoRA) keep PEFT's forward."""
     cuda, training = model.device.type == "cuda", model.training
     model.eval()  # dropout would let the trials of _is_gated differ
     for layer in model.modules():

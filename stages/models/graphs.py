@@ -18,9 +18,11 @@ from stages.models.recomputed import recomputed
 KEYS = 4  # keys to a query, at most, where packs share beginnings
 MOST = 12  # sizes; each keeps a copy of the adapters' gradients
 STEP = 256  # tokens, of which each size is a multiple
-# Tokens that a GPU could have trained on while a size is recorded: at the shape of Gemma 3 1B an H200 takes 0.26 s, and
-# trains on 110,000 a second (bench/README.md).
-RECORDING = 30_000
+# Tokens that a GPU could have trained on while a size is recorded: at the shape of Gemma 3 1B, 27 million weights a
+# layer, an H200 takes 0.25 s, and trains on 110,000 a second (bench/README.md). Both go by the layers, and what is
+# trained on in a time by the weights; of small models, whose kernels wait for one another, by less.
+RECORDING, A_LAYER = 30_000, 27_000_000
+MOST_RECORDING = 50_000
 
 
 def size_of(tokens: int) -> int:
@@ -73,7 +75,9 @@ class Graphs:
         self.model = model
         self.longest = max(lengths)
         self.mean = sum(lengths) / len(lengths)
-        self.sizes = chosen(coming)
+        layer = model.get_decoder().layers[0]
+        weights = sum(part.in_features * part.out_features for part in layer.modules() if isinstance(part, nn.Linear))
+        self.sizes = chosen(coming, min(MOST_RECORDING, RECORDING * A_LAYER // weights))
         self.recorded: dict[tuple[int, bool], nn.Module] = {}
         self.pool = torch.cuda.graph_pool_handle()
         for layer in model.get_decoder().layers:
@@ -117,16 +121,18 @@ class Graphs:
     def _try(self, decoder: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         """One pass there and back that leaves nothing behind, through a layer of each kind after the first."""
         layers = decoder.decoder.layers
-        decoder.decoder.layers = layers[: enough(decoder.decoder)]
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = [parameter.grad for parameter in trained]
         for parameter in trained:
             parameter.grad = None
-        hidden = decoder(*inputs)
-        hidden.backward(torch.zeros_like(hidden))
-        decoder.decoder.layers = layers
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
+        try:
+            decoder.decoder.layers = layers[: layers_to_try(decoder.decoder)]
+            hidden = decoder(*inputs)
+            hidden.backward(torch.zeros_like(hidden))
+        finally:
+            decoder.decoder.layers = layers
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter.grad = gradient
 
     def _layer(self, plain: Callable[..., torch.Tensor], hidden: torch.Tensor, *more, **options) -> torch.Tensor:
         """The first layer, into which nothing goes that needs a gradient, as it is: kernels compiled for one that does
@@ -136,16 +142,20 @@ class Graphs:
         return recomputed(lambda hidden: plain(hidden, *more, **options), hidden)
 
 
-def enough(decoder: nn.Module) -> int:
-    """How many of the first layers have one of each kind after the first layer, whose kernels all others use too."""
-    kinds = getattr(decoder.config, "layer_types", None) or [None] * len(decoder.layers)
+def layers_to_try(decoder: nn.Module) -> int:
+    """How many of the first layers have one of each kind after the first layer, whose kernels all others use too: all,
+    where adapters are not the same in each."""
+    adapters = [{name: p.shape for name, p in one.named_parameters() if p.requires_grad} for one in decoder.layers]
+    if any(one != adapters[0] for one in adapters):
+        return len(adapters)
+    kinds = getattr(decoder.config, "layer_types", None) or [None] * len(adapters)
     return 1 + max((kinds.index(kind, 1) for kind in set(kinds[1:])), default=0)
 
 
-def chosen(coming: Iterable[tuple[int, bool]]) -> list[tuple[int, bool]]:
-    """At most MOST sizes, each with whether rows share beginnings, with which recording and padding take least: the
-    best last size for the first n that packs have, for each n, from the best for fewer (as in optimal quantization,
-    Bruce 1965). The largest of both kinds are always among them."""
+def chosen(coming: Iterable[tuple[int, bool]], recording: int) -> list[tuple[int, bool]]:
+    """At most MOST sizes, each with whether rows share beginnings, with which padding takes least beside recordings, of
+    which each takes the time of `recording` tokens: for the first n sizes that packs have, the best last one from what
+    is best for fewer (as in optimal quantization, Bruce 1965). The largest of both kinds are always among them."""
     counts = sorted(Counter((shared, size_of(tokens)) for tokens, shared in coming).items())
     best: dict[tuple[int, int], tuple[int, list]] = {(0, 0): (0, [])}  # of the first n with m sizes: tokens, sizes
     for n, ((shared, size), _) in enumerate(counts, 1):
@@ -157,7 +167,7 @@ def chosen(coming: Iterable[tuple[int, bool]]) -> list[tuple[int, bool]]:
                 packs += counts[before][1]
                 if (before, m - 1) in best:
                     tokens, sizes = best[before, m - 1]
-                    plans.append((tokens + packs * size + RECORDING, [*sizes, (size, shared)]))
+                    plans.append((tokens + packs * size + recording, [*sizes, (size, shared)]))
             if plans:
                 best[n, m] = min(plans)
     return min((plan for (n, _), plan in best.items() if n == len(counts)), default=(0, []))[1]

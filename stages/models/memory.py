@@ -278,7 +278,7 @@ def training(
     if recorded:
         adapters += GRAPHS * 4 * own
     layer = layer_bytes(model, lora, dtype, gpu, fused, longest, shared)
-    back = (3 if gated_again(lora) else 2) * model.inner * size  # of the layer that is on its way back
+    back = (3 if gpu and gated_again(lora) else 2) * model.inner * size  # of the layer that is on its way back
     inputs = model.layers * model.hidden * size  # of layers that are computed again (recomputed.py)
     activations = tokens * (model.layers * layer + back if shares == 1 else inputs + layer + back)
     head = HEAD_TOKENS[device] * model.vocabulary * (size if gpu else size + 4)

