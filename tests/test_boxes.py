@@ -17,6 +17,8 @@ import time
 import zipfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import ruamel.yaml
 
@@ -31,7 +33,7 @@ DOWNLOADS = {"download@model", "download@data"}
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 SECRETS = {
     name: f"{prefix}CANARY{name}0123456789abcdef"
-    for name, prefix in {"hub": "hf_", "endpoint": "", "index": ""}.items()
+    for name, prefix in {"hub": "hf_", "endpoint": "", "index": "", "tracker": ""}.items()
 }
 BASIC = "Basic " + base64.b64encode(f"name:{SECRETS['endpoint']}".encode()).decode()
 
@@ -75,6 +77,9 @@ def secrets(hubs) -> dict[str, str]:
         "MODELSCOPE_ENDPOINT": f"http://name:{SECRETS['endpoint']}@{host}",
         "PIP_INDEX_URL": f"http://name:{SECRETS['index']}@127.0.0.1:9/simple",
         "PIP_RETRIES": "0",
+        "WANDB_API_KEY": SECRETS["tracker"],
+        "MLFLOW_TRACKING_PASSWORD": SECRETS["tracker"],
+        "AWS_SECRET_ACCESS_KEY": SECRETS["tracker"],
     }
 
 
@@ -389,10 +394,12 @@ def test_what_a_shell_would_run_is_inert_in_every_text_of_params(first):
 
 
 def held_bytes(folder: Path):
-    """(name, bytes) of every file, and of every object of git as it is unpacked."""
+    """(name, bytes) of every file, and of every table of Parquet and every object of git as they are unpacked."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             yield str(path), path.read_bytes()
+        if path.is_file() and path.suffix == ".parquet":
+            yield str(path), repr(pyarrow.parquet.read_table(path).to_pylist()).encode()
     packed = ["git", "cat-file", "--batch", "--batch-all-objects"]
     yield "git", subprocess.run(packed, cwd=folder, capture_output=True, check=True).stdout
 
@@ -456,3 +463,7 @@ def test_a_secret_would_be_found_in_each_of_those_places(tmp_path):
     assert hits(folder, f"a line with {BASIC}") == ["git", "said"]
     (folder / "deep/file").write_bytes(b"\0" + SECRETS["index"].encode())
     assert hits(folder, "") == [str(folder / "deep/file"), "git"]
+    (folder / "deep/file").unlink()
+    table = pyarrow.table({"text": [f"a row with {SECRETS['tracker']}"] * 9})
+    pyarrow.parquet.write_table(table, folder / "deep/table.parquet", compression="zstd")
+    assert str(folder / "deep/table.parquet") in hits(folder, "")
