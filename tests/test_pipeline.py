@@ -424,6 +424,15 @@ def test_a_forced_rerun_leaves_the_lock_as_it_was(pipeline, record_property):
     assert after == before
 
 
+def test_the_benchs_run_says_which_stages_came_out_the_same_and_which_did_not(pipeline):
+    out = pipeline.folder / "found.json"
+    pipeline.run(sys.executable, "-m", "bench.default_run", str(out))
+    found = pipeline.read("found.json")
+    assert found["different"] == [] and set(found["identical"]) == STAGES - {"download@model", "download@data"}
+    assert found["tuned"] == pipeline.read("metrics/tuned.json") and found["repro_seconds"] > 0
+    out.unlink()
+
+
 def test_large_outputs_do_not_exist_twice(pipeline):
     for path in ("models/base/model.safetensors", "models/merged/model.safetensors"):
         file = pipeline.folder / path
