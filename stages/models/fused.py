@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import peft
 import torch
-import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from transformers.activations import GELUTanh, SiLUActivation
@@ -124,24 +123,16 @@ def _beside(
     ups: Sequence[torch.Tensor],
     scalings: Sequence[float],
     dtype: torch.dtype,
-    before: int = 0,
-    after: int = 0,
 ) -> torch.Tensor:
-    """beside() of weights as they are held."""
-    return _of(beside, ups[0], any_weight)([dense(weight, dtype) for weight in weights], ups, scalings, before, after)
+    """beside() of weights as they are held. In tuples: for lists the compiler makes the same code again."""
+    held = tuple(dense(weight, dtype) for weight in weights)
+    return _of(beside, ups[0], any_weight)(held, tuple(ups), tuple(scalings))
 
 
-def beside(
-    weights: Sequence[torch.Tensor],
-    ups: Sequence[torch.Tensor],
-    scalings: Sequence[float],
-    before: int = 0,
-    after: int = 0,
-) -> torch.Tensor:
-    """[W, s·B]: [out, in + r]; of several layers one below the other, each s·B in columns of its own, 0 elsewhere.
-    before, after: columns of 0 on both sides of these."""
+def beside(weights: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], scalings: Sequence[float]) -> torch.Tensor:
+    """[W, s·B]: [out, in + r]; of several layers one below the other, each s·B in columns of its own, 0 elsewhere."""
     scaled = [(up * scaling).to(weights[0].dtype) for up, scaling in zip(ups, scalings, strict=True)]
-    return torch.cat((torch.cat(weights), F.pad(torch.block_diag(*scaled), (before, after))), dim=1)
+    return torch.cat((torch.cat(weights), torch.block_diag(*scaled)), dim=1)
 
 
 class _GatedLora(torch.autograd.Function):
@@ -158,8 +149,8 @@ class _GatedLora(torch.autograd.Function):
         both_a, down_a, down_b = (x.to(rows.dtype) for x in (torch.cat((gate_a, up_a)), down_a, down_b))
         inner = rows @ both_a.T
         wide = torch.cat((rows, inner), dim=1)
-        gate = wide @ _beside(weights[:1], [gate_b], scalings[:1], rows.dtype, after=len(up_a)).T
-        up = wide @ _beside(weights[1:2], [up_b], scalings[1:2], rows.dtype, before=len(gate_a)).T
+        of_gate, of_up = _beside(weights[:2], (gate_b, up_b), scalings[:2], rows.dtype).split(len(gate_b))
+        gate, up = wide @ of_gate.T, wide @ of_up.T
         hidden = _of(gated, gate)(gate, up, kind)
         narrow = hidden @ down_a.T
         ctx.save_for_backward(rows, inner, gate, up, narrow, both_a, down_a, gate_b, up_b, down_b)
@@ -170,15 +161,15 @@ class _GatedLora(torch.autograd.Function):
     def backward(ctx, gradient):
         rows, inner, gate, up, narrow, both_a, down_a, gate_b, up_b, down_b = ctx.saved_tensors
         weights, scalings, dtype = ctx.weights, ctx.scalings, rows.dtype
-        first, second = gate_b.shape[1], up_b.shape[1]
+        first = gate_b.shape[1]
         to_narrow = (gradient @ down_b).mul_(scalings[2])
         to_down_b = _of_tokens(gradient, narrow).mul_(scalings[2])
         to_gate = _to_wide(gradient, to_narrow, weights[2], down_a)  # at first that of act(gate)·up
         to_up, hidden = _of(gated_again, gradient)(to_gate, gate, up, ctx.kind)
         to_down_a = _of_tokens(to_narrow, hidden)
         del hidden
-        to_both = to_gate @ _beside(weights[:1], [gate_b], scalings[:1], dtype, after=second)
-        to_both.addmm_(to_up, _beside(weights[1:2], [up_b], scalings[1:2], dtype, before=first))
+        of_gate, of_up = _beside(weights[:2], (gate_b, up_b), scalings[:2], dtype).split(len(gate_b))
+        to_both = (to_gate @ of_gate).addmm_(to_up, of_up)
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
@@ -186,8 +177,8 @@ class _GatedLora(torch.autograd.Function):
         to_both_a = _of_tokens(to_inner, rows)
         to_gate_b = _of_tokens(to_gate, inner[:, :first]).mul_(scalings[0])
         to_up_b = _of_tokens(to_up, inner[:, first:]).mul_(scalings[1])
-        of_gate, of_up, of_down = (to_both_a[:first], to_gate_b), (to_both_a[first:], to_up_b), (to_down_a, to_down_b)
-        return to_x, None, None, None, *of_gate, None, *of_up, None, *of_down
+        to_gate_a, to_up_a = to_both_a[:first], to_both_a[first:]
+        return to_x, None, None, None, to_gate_a, to_gate_b, None, to_up_a, to_up_b, None, to_down_a, to_down_b
 
 
 def _to_wide(gradient: torch.Tensor, to_inner: torch.Tensor, weight: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -316,6 +307,8 @@ def fuse(model: PeftModel) -> None:
     of its layers have such adapters, and else its act(gate)·up; others (DoRA) keep PEFT's forward."""
     cuda, training = model.device.type == "cuda", model.training
     model.eval()  # dropout would let the trials of _is_gated differ
+    # tried as PEFT has them: the functions above would have kernels compiled for it
+    mlps = [module for module in model.modules() if cuda and _is_gated(module, model.device, model.dtype)]
     for layer in model.modules():
         if _is_plain(layer):
             wide = cuda and layer.out_features > layer.in_features
@@ -324,9 +317,9 @@ def fuse(model: PeftModel) -> None:
     for module in model.modules() if cuda else ():
         if model.get_base_model().config.model_type in FAMILIES:  # others may change them in place
             group_projections(module)
-        if _is_gated(module, model.device, model.dtype):
-            plain = all(_takes_part(layer) for layer in (module.gate_proj, module.up_proj, module.down_proj))
-            module.forward = types.MethodType(_gated_lora_forward if plain else _gated_forward, module)
+    for mlp in mlps:
+        plain = all(_takes_part(layer) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        mlp.forward = types.MethodType(_gated_lora_forward if plain else _gated_forward, mlp)
     model.train(training)
 
 
