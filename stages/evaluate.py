@@ -28,9 +28,11 @@ from stages.models import vllm_engine
 from stages.models.generate import Answer
 from stages.models.load import load_model, mean_loss, row_losses
 from stages.models.machine import Resolved, add_in_one_order, resolve
-from stages.outputs import write_json, write_jsonl
+from stages.outputs import refuse_without_room, write_json, write_jsonl
 from stages.params import Params, load
 from stages.refusal import Refusal, die_with_parent, run
+
+TOKEN_BYTES = 16  # of an answer's text, with what a task shows of it
 
 
 def answer_on(device: str, folder: Path, params: Params, machine: Resolved, prompts: list[list[int]]) -> list[Answer]:
@@ -80,6 +82,8 @@ def main(arguments: list[str]) -> None:
     encoded = {row["id"]: row for row in pyarrow.parquet.read_table(tokens).to_pylist()}
     # ids are hashes, so that the first of them are an even sample and stay the same when rows are added
     rows = sorted(conversation.read(conversations), key=lambda row: row.id)[: params.evaluate.rows]
+    answers_bytes = TOKEN_BYTES * params.evaluate.max_new_tokens * len(rows)
+    refuse_without_room(answers_file, conversations.stat().st_size + answers_bytes)
     model = load_model(folder, machine.device, machine.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     losses = row_losses(model, [encoded[row.id] for row in rows], machine.tokens_per_pack)

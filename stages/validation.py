@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from stages import conversation
-from stages.outputs import new_folder, write_json, write_jsonl
+from stages.outputs import new_folder, refuse_without_room, write_json, write_jsonl
 from stages.params import load
 from stages.refusal import Refusal, run
 
@@ -25,14 +25,14 @@ def main(arguments: list[str]) -> None:
         if params.train.metric == "loss":
             write_json(folder / "scoring.json", {})
             return
+        validation, learned = conversations / "validation.jsonl", conversations / "learned.jsonl"
+        refuse_without_room(out, validation.stat().st_size + learned.stat().st_size)
         # ids are hashes, so that the first of them are an even sample
-        rows = heapq.nsmallest(
-            params.train.metric_rows, conversation.read(conversations / "validation.jsonl"), key=lambda row: row.id
-        )
+        rows = heapq.nsmallest(params.train.metric_rows, conversation.read(validation), key=lambda row: row.id)
         if not rows:
             raise Refusal("params.yaml: train.metric is score, but no row validates; raise prepare.validation")
         write_jsonl(folder / "rows.jsonl", (row.model_dump() for row in rows))
-        shutil.copyfile(conversations / "learned.jsonl", folder / "learned.jsonl")
+        shutil.copyfile(learned, folder / "learned.jsonl")
         code.append(Path(f"stages/tasks/{params.task.name}.py"))
         files = sorted(file for path in code for file in ([path] if path.is_file() else path.rglob("*.py")))
         write_json(

@@ -557,7 +557,7 @@ def test_what_befalls_any_stage_leaves_nothing_in_the_cache_and_one_command_goes
 
 def test_a_stage_that_writes_much_asks_for_room_before_it_writes(pipeline, monkeypatch):
     monkeypatch.setitem(pipeline.environment, "TROUBLE", "room")
-    for stage in [stage for stage in LAST_FIRST if stage.startswith(("merge", "train", "encode", "prep", "download"))]:
+    for stage in [stage for stage in LAST_FIRST if stage not in ("report", "validation")]:
         said = pipeline.dvc("repro", "--force", "--single-item", stage, status=255)
         assert "are to be written, and its disk has 33.6 MB left; free some room" in said, said
 

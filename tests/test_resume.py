@@ -1,6 +1,7 @@
 """Training that is killed, at any moment, and goes on: the same bytes, nothing stale, one trainer at a time."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from stages.models.checkpoints import Checkpoint, Run, _read, opened
+from stages.refusal import Refusal
 from tests import forkserver
 from tests.conftest import CHAT, LORA, ROOT, write_asked, write_params, write_tiny_model
 from tests.test_train import write_tokens
@@ -304,6 +306,23 @@ def test_a_damaged_file_of_a_checkpoint_is_noticed_and_the_one_before_is_used(tm
     found = run.latest()
     assert (found.step, found.state, found.tensors["x"].tolist()) == (2, {"history": [2]}, [2.0, 2.0, 2.0])
     assert "step000000003" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_kept_and_named(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run", 1)
+    run.save(Checkpoint(1, {"x": torch.ones(3)}, {}))
+    reads = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == "tensors.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return reads(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(Refusal, match=r"step000000001.*Input/output error.*see to its disk, or delete the folder"):
+        run.latest()
+    monkeypatch.undo()
+    assert run.latest().step == 1
 
 
 def _refuses(folder: Path) -> bool:

@@ -88,13 +88,20 @@ class Run:
             self.interval_seconds = max(AT_LEAST_SECONDS, (self.written - began) / SHARE)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is what was written; damaged ones are told of and deleted."""
+        """The newest checkpoint that is what was written; damaged ones are told of and deleted.
+
+        Raises Refusal where the disk cannot read one: it may be able to later.
+        """
         for folder in reversed(self._folders()):
             try:
                 return _read(folder)
-            except (OSError, ValueError) as error:
+            except (FileNotFoundError, ValueError) as error:
                 print(f"{folder}: {error}; the checkpoint before it is used", file=sys.stderr)
                 shutil.rmtree(folder)
+            except OSError as error:
+                raise Refusal(
+                    f"{folder}: {error}; see to its disk, or delete the folder to go on from the checkpoint before it"
+                ) from None
         return None
 
     def keep(self, count: int) -> None:
@@ -109,7 +116,7 @@ class Run:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """Raises ValueError or OSError where a byte is not what was written."""
+    """Raises ValueError or FileNotFoundError where a byte is not what was written, OSError where none can be read."""
     manifest = (folder / MANIFEST).read_bytes()
     if sha256(manifest)[:16] != folder.name.partition("-")[2]:
         raise ValueError(f"{MANIFEST} is not what was written")
