@@ -5,8 +5,8 @@
 FOLDER is a repository in which the pipeline has run up to encode, with its params.yaml. The first 50 steps of the
 default schedule (TRL: 10 steps of as many rows, of which the first two are not timed); the first variant again at the
 end, to show drift. `plain` is what the others must agree with: float32, transformers' eager attention, a row at a time,
-torch's AdamW; `plain-nf4` is that on the values that nf4 keeps. Writes bench/results/train_cpu.json, or on a GPU
-train_real_gpu.json.
+torch's AdamW; `plain-nf4` is that on the values that nf4 keeps. Writes, after each variant, `machine` and `rows` of
+bench/results/train_cpu.json, or on a GPU of train_real_gpu.json.
 """
 
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
@@ -185,21 +185,29 @@ def main(arguments: list[str]) -> None:
         result = json.loads(lines[0][7:]) if lines else {"missing": f"exit status {done.returncode}"}
         found.append({"variant": name, "model": "Gemma 3 270M", **result})
         print({key: value for key, value in found[-1].items() if not isinstance(value, list)}, file=sys.stderr)
+        keep(found)
+
+
+def keep(found: list[dict]) -> None:
+    """Write what has been measured so far, each one's losses beside those that they must agree with."""
     right = {one["variant"]: one["losses"] for one in found if one["variant"].startswith("plain") and "losses" in one}
+    rows = []
     for one in found:
-        losses, norms = one.pop("losses", None), one.pop("gradient_norms", None)
+        row = {key: value for key, value in one.items() if key not in ("losses", "gradient_norms")}
         beside = right.get("plain-nf4" if one["variant"].endswith("nf4") else "plain")
-        if losses:
-            one["smallest_gradient_norm"] = min(norms)
-            one["last_loss"] = round(losses[-1], 5)
-        if losses and beside and one["variant"] != "ours-shuffled":  # other rows a step
-            apart = [abs(a - b) for a, b in zip(losses, beside, strict=True)]
-            one["loss_difference"] = {"mean": round(sum(apart) / len(apart), 6), "max": round(max(apart), 6)}
+        if "losses" in one:
+            row["smallest_gradient_norm"] = min(one["gradient_norms"])
+            row["last_loss"] = round(one["losses"][-1], 5)
+            if beside and one["variant"] != "ours-shuffled":  # other rows a step
+                apart = [abs(a - b) for a, b in zip(one["losses"], beside, strict=True)]
+                row["loss_difference"] = {"mean": round(sum(apart) / len(apart), 6), "max": round(max(apart), 6)}
+        rows.append(row)
     machine = {"cpu": cpu(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
-    name = "train_real_gpu.json" if torch.cuda.is_available() else "train_cpu.json"
-    write_json(RESULTS / name, {"machine": machine, "rows": found})
+    file = RESULTS / ("train_real_gpu.json" if torch.cuda.is_available() else "train_cpu.json")
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    write_json(file, {**known, "machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stages.models import graphs
-from stages.models.compiled import compile_pieces
-from stages.models.fused import _gated_lora_forward, _takes_part, fuse
+from stages.models.compiled import any_length, any_weight, compile_pieces
+from stages.models.fused import _gated_lora_forward, _takes_part, fuse, group_projections
 from stages.models.graphs import MOST, Graphs, _Decoder, chosen, layers_to_try, own_gradients, size_of
 from stages.models.load import load_model, pack_loss
 from stages.models.lora import add_adapters
@@ -41,6 +41,18 @@ def adapted(folder, **more):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
     return base, model
+
+
+def fuse_as_on_a_gpu(model, monkeypatch):
+    base = model.get_base_model()
+    modeling = sys.modules[type(base).__module__]  # which compile_pieces changes
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
+    fuse(model)
+    for module in model.modules():
+        group_projections(module)
+        if hasattr(module, "gate_proj") and all(map(_takes_part, (module.gate_proj, module.up_proj, module.down_proj))):
+            module.forward = types.MethodType(_gated_lora_forward, module)
+    compile_pieces(base)
 
 
 def test_the_largest_size_of_both_kinds_is_recorded_and_others_where_they_save_more_than_recording_takes():
@@ -148,13 +160,7 @@ def test_what_is_compiled_for_a_recording_was_compiled_by_the_pass_before_it(
     base, model = adapted(tiny_model, **more)
     if alike:
         base.config.layer_types = ["full_attention"] * len(base.get_decoder().layers)
-    modeling = sys.modules[type(base).__module__]  # which compile_pieces changes
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
-    fuse(model)
-    for mlp in model.modules():  # as on a GPU
-        if hasattr(mlp, "gate_proj") and all(map(_takes_part, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))):
-            mlp.forward = types.MethodType(_gated_lora_forward, mlp)
-    compile_pieces(base)
+    fuse_as_on_a_gpu(model, monkeypatch)
     own_gradients(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -171,6 +177,41 @@ def test_what_is_compiled_for_a_recording_was_compiled_by_the_pass_before_it(
     hidden = decoder(*inputs)
     torch.autograd.grad(hidden, trained, torch.ones_like(hidden), allow_unused=True)
     assert calls[True] and calls[True] <= calls[False]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What a compiler is asked for, each with the sizes of what goes in; nothing is compiled."""
+    found, really = [], torch.compile
+    forget_compiled()
+
+    def backend(module, inputs):
+        shapes = [(tuple(map(str, x.shape)), tuple(map(str, x.stride()))) for x in inputs if torch.is_tensor(x)]
+        found.append((module.code, *shapes))
+        return module.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, options=None, **more: really(function, backend=backend, **more)
+    )
+    monkeypatch.setattr("stages.models.fused._of", lambda function, tensor, how=any_length: how(function))
+    yield found
+    forget_compiled()
+
+
+def forget_compiled():
+    any_length.cache_clear()
+    any_weight.cache_clear()
+    torch._dynamo.reset()
+
+
+def test_the_compiler_is_asked_for_each_piece_once(tiny_model, asked, without_a_gpu, monkeypatch):
+    base, model = adapted(tiny_model)
+    fuse_as_on_a_gpu(model, monkeypatch)
+    (piece,) = pack(rows(20, 0, random.Random(0)), 10_000)
+    for _ in range(2):
+        pack_loss(base, piece).backward()
+    assert asked
+    assert len(set(asked)) == len(asked)
 
 
 def _seen(found: dict[int, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
