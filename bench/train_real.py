@@ -1,16 +1,21 @@
 """The default run's training, real model and real rows, beside TRL and plain transformers, each in its own process.
 
     python -m bench.train_real FOLDER [VARIANT …]
+    python -m bench.train_real curves FOLDER NAME=LOSS.csv …
 
 FOLDER is a repository in which the pipeline has run up to encode, with its params.yaml. The first 50 steps of the
 default schedule (TRL: 10 steps of as many rows, of which the first two are not timed); the first variant again at the
 end, to show drift. `plain` is what the others must agree with: float32, transformers' eager attention, a row at a time,
 torch's AdamW; `plain-nf4` is that on the values that nf4 keeps. Writes, after each variant, `machine` and `rows` of
 bench/results/train_cpu.json, or on a GPU of train_real_gpu.json.
+
+curves: the metrics/loss.csv of runs of FOLDER's params.yaml, whatever made them: their first 50 steps beside those of
+`plain` with the schedule of the whole run. Writes bench/results/train_curves.json.
 """
 
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
 
+import csv
 import itertools
 import json
 import math
@@ -77,7 +82,8 @@ def ours(
     }
 
 
-def plain(folder: Path, params: Params, rows: list[dict], quantize: str | None = None) -> dict:
+def plain(folder: Path, params: Params, rows: list[dict], quantize: str | None = None, planned: int = STEPS) -> dict:
+    """The first STEPS of so many `planned` ones."""
     device = resolve(params.machine).device
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to(device)
     if quantize:
@@ -85,10 +91,10 @@ def plain(folder: Path, params: Params, rows: list[dict], quantize: str | None =
     model = add_adapters(model, params.lora, params.train.seed).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, params.train.learning_rate, weight_decay=params.train.weight_decay)
-    warm = math.ceil(params.train.warmup_ratio * STEPS)
-    rates = get_scheduler(params.train.schedule, optimizer, warm, STEPS)
+    warm = math.ceil(params.train.warmup_ratio * planned)
+    rates = get_scheduler(params.train.schedule, optimizer, warm, planned)
     marks, counted, losses, norms = Marks(), [], [], []
-    for step in schedule(rows, params.train.batch_size, 1.0, params.train.seed, "shared")[:STEPS]:
+    for step in schedule(rows, params.train.batch_size, 1.0, params.train.seed, params.train.order)[:STEPS]:
         supervised = sum(label != -100 for i in step for label in rows[i]["labels"])
         total = 0.0
         for i in step:
@@ -175,6 +181,9 @@ def main(arguments: list[str]) -> None:
         found = VARIANTS[arguments[2]](source / "models/base", load(source / "params.yaml"), rows)
         print("RESULT " + json.dumps(found))
         return
+    if arguments[0] == "curves":
+        compare_curves(Path(arguments[1]), dict(argument.split("=", 1) for argument in arguments[2:]))
+        return
     names = arguments[1:] or list(VARIANTS)
     found = []
     for name in [*names, names[0]]:
@@ -188,6 +197,35 @@ def main(arguments: list[str]) -> None:
         keep(found)
 
 
+def compare_curves(folder: Path, files: dict[str, str]) -> None:
+    rows, params = read_rows(folder / "data/tokens/train.parquet"), load(folder / "params.yaml")
+    curves = {}
+    for name, file in files.items():
+        with Path(file).open(encoding="utf-8", newline="") as opened:
+            curves[name] = [point for point in csv.DictReader(opened) if point["loss"]]
+    lengths = {len(points) for points in curves.values()}
+    assert len(lengths) == 1, f"runs of {sorted(lengths)} steps are not of one schedule"
+    (planned,) = lengths
+    right = plain(folder / "models/base", params, rows, params.lora.quantize, planned)
+    found = {}
+    for name, points in {name: points[:STEPS] for name, points in curves.items()}.items():
+        norms = [float(point["gradient_norm"]) for point in points]
+        found[name] = {
+            "loss_difference": apart([float(point["loss"]) for point in points], right["losses"]),
+            "gradient_norm_difference": apart(norms, right["gradient_norms"]),
+            "smallest_gradient_norm": min(norms),
+        }
+    beside = {"losses": right["losses"], "gradient_norms": right["gradient_norms"]}
+    beside["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu()
+    write_json(RESULTS / "train_curves.json", {"steps": STEPS, "planned": planned, "runs": found, "plain": beside})
+    print(json.dumps(found, indent=2), file=sys.stderr)
+
+
+def apart(found: list[float], right: list[float]) -> dict[str, float]:
+    differences = [abs(a - b) for a, b in zip(found, right, strict=True)]
+    return {"mean": round(sum(differences) / len(differences), 6), "max": round(max(differences), 6)}
+
+
 def keep(found: list[dict]) -> None:
     """Write what has been measured so far, each one's losses beside those that they must agree with."""
     right = {one["variant"]: one["losses"] for one in found if one["variant"].startswith("plain") and "losses" in one}
@@ -199,8 +237,7 @@ def keep(found: list[dict]) -> None:
             row["smallest_gradient_norm"] = min(one["gradient_norms"])
             row["last_loss"] = round(one["losses"][-1], 5)
             if beside and one["variant"] != "ours-shuffled":  # other rows a step
-                apart = [abs(a - b) for a, b in zip(one["losses"], beside, strict=True)]
-                row["loss_difference"] = {"mean": round(sum(apart) / len(apart), 6), "max": round(max(apart), 6)}
+                row["loss_difference"] = apart(one["losses"], beside)
         rows.append(row)
     machine = {"cpu": cpu(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():

@@ -207,8 +207,8 @@ def forget_compiled():
 def test_the_compiler_is_asked_for_each_piece_once(tiny_model, asked, without_a_gpu, monkeypatch):
     base, model = adapted(tiny_model)
     fuse_as_on_a_gpu(model, monkeypatch)
-    (piece,) = pack(rows(20, 0, random.Random(0)), 10_000)
-    for _ in range(2):
+    for count in (20, 7):
+        (piece,) = pack(rows(count, 0, random.Random(0)), 10_000)
         pack_loss(base, piece).backward()
     assert asked
     assert len(set(asked)) == len(asked)
@@ -252,6 +252,17 @@ def rows(count: int, shared: int, chance: random.Random) -> list[dict]:
 
 
 @on_gpu
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+def test_every_mlp_is_made_one_and_nothing_is_compiled_to_find_out(tiny_model, quantize):
+    forget_compiled()
+    model = add_adapters(load_model(tiny_model, "cuda", torch.bfloat16, quantize=quantize), Lora(**LORA), seed=0)
+    fuse(model)
+    mlps = [module for module in model.modules() if hasattr(module, "gate_proj")]
+    assert mlps and all(mlp.forward.__func__ is _gated_lora_forward for mlp in mlps)
+    assert any_length.cache_info().currsize == any_weight.cache_info().currsize == 0
+
+
+@on_gpu
 @pytest.mark.parametrize("known", [0, 1, 4])
 @pytest.mark.parametrize("dropout", [0.0, 1e-9])
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
@@ -283,11 +294,10 @@ def test_several_packs_give_the_gradients_of_pefts_own_lines_whether_all_some_or
         found.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}))
     (plain_losses, plain), (losses, gradients) = found
     assert losses == pytest.approx(plain_losses, rel=0.01)
-    # int8's layers round what comes in, too, where the last bit decides: 5 to 6.5% apart on an H200
-    within = 0.1 if quantize == "int8" else 0.05
     for name, gradient in plain.items():
         assert gradient.norm() > 0 and gradient.dtype == torch.float32, name
-        assert (gradients[name] - gradient).norm() < within * gradient.norm(), name
+        # bfloat16's rounding: beside float32's gradients, PEFT's are up to 4% off on a CPU, these 3 to 6.5
+        assert (gradients[name] - gradient).norm() < 0.1 * gradient.norm(), name
 
 
 @on_gpu

@@ -1,12 +1,14 @@
 """The validation stage: what training needs to score its own answers, and nothing where it does not."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from stages import validation
 from stages.conversation import Message, conversation
-from stages.refusal import Refusal
+from stages.refusal import SPARE_BYTES, Refusal
 from tests.conftest import CHAT
 
 
@@ -56,3 +58,11 @@ def test_for_the_score_the_rows_with_the_first_ids_are_set_aside_and_all_that_de
 def test_without_a_row_a_score_is_refused(made):
     with pytest.raises(Refusal, match=r"raise prepare\.validation"):
         made(rows=0, **{"train.metric": "score"})
+
+
+def test_for_the_score_a_disk_without_room_is_refused_before_rows_are_set_aside(made, monkeypatch):
+    made()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=SPARE_BYTES))
+    with pytest.raises(Refusal, match=r"^out: 0\.0 MB are to be written"):
+        made(**{"train.metric": "score"})
+    assert made() == {"scoring.json": "{}\n"}

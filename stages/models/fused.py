@@ -149,8 +149,9 @@ class _GatedLora(torch.autograd.Function):
         both_a, down_a, down_b = (x.to(rows.dtype) for x in (torch.cat((gate_a, up_a)), down_a, down_b))
         inner = rows @ both_a.T
         wide = torch.cat((rows, inner), dim=1)
-        of_gate, of_up = _beside(weights[:2], (gate_b, up_b), scalings[:2], rows.dtype).split(len(gate_b))
-        gate, up = wide @ of_gate.T, wide @ of_up.T
+        both = _beside(weights[:2], (gate_b, up_b), scalings[:2], rows.dtype)
+        gate, up = (wide @ part.T for part in both.split(len(gate_b)))
+        del both
         hidden = _of(gated, gate)(gate, up, kind)
         narrow = hidden @ down_a.T
         ctx.save_for_backward(rows, inner, gate, up, narrow, both_a, down_a, gate_b, up_b, down_b)
@@ -170,6 +171,7 @@ class _GatedLora(torch.autograd.Function):
         del hidden
         of_gate, of_up = _beside(weights[:2], (gate_b, up_b), scalings[:2], dtype).split(len(gate_b))
         to_both = (to_gate @ of_gate).addmm_(to_up, of_up)
+        del of_gate, of_up
         to_inner = to_both[:, rows.shape[1] :]
         to_x = None
         if ctx.needs_input_grad[0]:
@@ -307,7 +309,7 @@ def fuse(model: PeftModel) -> None:
     of its layers have such adapters, and else its act(gate)·up; others (DoRA) keep PEFT's forward."""
     cuda, training = model.device.type == "cuda", model.training
     model.eval()  # dropout would let the trials of _is_gated differ
-    # tried as PEFT has them: the functions above would have kernels compiled for it
+    # before the functions above are put in: a trial would have kernels compiled for them
     mlps = [module for module in model.modules() if cuda and _is_gated(module, model.device, model.dtype)]
     for layer in model.modules():
         if _is_plain(layer):

@@ -31,7 +31,7 @@ COVERED = {
     *("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights"),
 }
 FROM_NOTHING = (True, False, "gaussian")  # ways to begin an adapter that leave the base's weights as they are
-FILES_AT_ONCE = 4
+FILES_AT_ONCE = 8  # more than there are cores: while one waits for the disk, another computes
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def write_merged(
     # a file each, one thread in each: on blocks this small, threads that share one wait for each other
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(min(threads, FILES_AT_ONCE), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(FILES_AT_ONCE, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(write, split.filename_to_tensors))
     finally:
         torch.set_num_threads(threads)
