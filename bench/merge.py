@@ -3,12 +3,13 @@
     python -m bench.merge models/base models/adapter      the real model
     python -m bench.merge gemma2-9b                       random weights of that shape, 18.5 GB, and as much again free
 
-Each variant is a process of its own, the copy again at the end; the base's files are taken out of the page cache
-before, and the clock, which starts when the libraries are imported, stops when what was written is on the disk.
-`peak_anonymous_gib` is the largest RssAnon of /proc/PID/status, read every 10 ms: memory that the kernel cannot take
-back, what is mapped from files left out; `peak_resident_gib` is VmHWM, the kernel's own high-water mark, with it. The
-variant `check` is what the stage does before and after merging, with two rows of 64 tokens: answers of the base with
-its adapter, and of the base alone in the merged model's place. Writes bench/results/merge.json.
+Each variant is a process of its own, lorepro and the copy again at the end; what was written before is on the disk and
+the base's files are out of the page cache when it begins, and the clock, which starts when the libraries are imported,
+stops when what was written is on the disk. `peak_anonymous_gib` is the largest RssAnon of /proc/PID/status, read every
+10 ms: memory that the kernel cannot take back, what is mapped from files left out; `peak_resident_gib` is VmHWM, the
+kernel's own high-water mark, with it. The variant `check` is what the stage does before and after merging, with two
+rows of 64 tokens: answers of the base with its adapter, and of the base alone in the merged model's place. Writes
+bench/results/merge.json.
 """
 
 import stages.models.quiet  # noqa: F401, I001 - before what it quiets
@@ -41,7 +42,7 @@ from stages.params import load
 
 RESULTS = Path("bench/results/merge.json")
 SHARD = "2GB"
-VARIANTS = ("cp", "lorepro", "peft", "check", "cp")
+VARIANTS = ("cp", "lorepro", "peft", "check", "lorepro", "cp")
 SHAPES = {
     "gemma2-9b": {
         "vocab_size": 256000,
@@ -98,6 +99,7 @@ def merge_by_peft(base: Path, adapter: Path, out: Path) -> None:
 
 def run(variant: str, base: Path, adapter: Path, out: Path) -> dict:
     """One variant in a process of its own."""
+    os.sync()
     for path in base.glob("*.safetensors"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
