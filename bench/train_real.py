@@ -6,8 +6,9 @@
 FOLDER is a repository in which the pipeline has run up to encode, with its params.yaml. The first 50 steps of the
 default schedule (TRL: 10 steps of as many rows, of which the first two are not timed); the first variant again at the
 end, to show drift. `plain` is what the others must agree with: float32, transformers' eager attention, a row at a time,
-torch's AdamW; `plain-nf4` is that on the values that nf4 keeps. Writes, after each variant, `machine` and `rows` of
-bench/results/train_cpu.json, or on a GPU of train_real_gpu.json.
+torch's AdamW; `plain-nf4` is that on the values that nf4 keeps; beyond BOUND, or with a gradient of zero, the exit
+status is 1. Writes, after each variant, `machine` and `rows` of bench/results/train_cpu.json, or on a GPU of
+train_real_gpu.json.
 
 curves: the metrics/loss.csv of runs of FOLDER's params.yaml, whatever made them: their first 50 steps beside those of
 `plain` with the schedule of the whole run. Writes bench/results/train_curves.json.
@@ -48,6 +49,8 @@ from stages.params import Params, load
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, TRL_STEPS, WARM = 50, 10, 2
+# nats a token that a step's loss may differ from that of plain float32, of losses from 3.0 to 0.5
+BOUND = {"float32": 0.002, "bfloat16": 0.2}
 
 
 def ours(
@@ -194,7 +197,15 @@ def main(arguments: list[str]) -> None:
         result = json.loads(lines[0][7:]) if lines else {"missing": f"exit status {done.returncode}"}
         found.append({"variant": name, "model": "Gemma 3 270M", **result})
         print({key: value for key, value in found[-1].items() if not isinstance(value, list)}, file=sys.stderr)
-        keep(found)
+        check(keep(found))
+
+
+def check(rows: list[dict]) -> None:
+    """End with exit status 1 where a loss is not within BOUND, or a gradient was zero."""
+    for row in rows:
+        bound, largest = BOUND.get(row.get("format")), row.get("loss_difference", {"max": 0.0})["max"]
+        if not row.get("smallest_gradient_norm", 1.0) > 0 or (bound is not None and not largest <= bound):
+            sys.exit(f"{row['variant']}: gradient norm {row['smallest_gradient_norm']}, {largest} from plain float32")
 
 
 def compare_curves(folder: Path, files: dict[str, str]) -> None:
@@ -219,6 +230,7 @@ def compare_curves(folder: Path, files: dict[str, str]) -> None:
     beside["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu()
     write_json(RESULTS / "train_curves.json", {"steps": STEPS, "planned": planned, "runs": found, "plain": beside})
     print(json.dumps(found, indent=2), file=sys.stderr)
+    check([{"variant": name, "format": "bfloat16", **one} for name, one in found.items()])
 
 
 def apart(found: list[float], right: list[float]) -> dict[str, float]:
@@ -226,8 +238,8 @@ def apart(found: list[float], right: list[float]) -> dict[str, float]:
     return {"mean": round(sum(differences) / len(differences), 6), "max": round(max(differences), 6)}
 
 
-def keep(found: list[dict]) -> None:
-    """Write what has been measured so far, each one's losses beside those that they must agree with."""
+def keep(found: list[dict]) -> list[dict]:
+    """Write what has been measured so far, each one's losses beside those that they must agree with; the rows."""
     right = {one["variant"]: one["losses"] for one in found if one["variant"].startswith("plain") and "losses" in one}
     rows = []
     for one in found:
@@ -245,6 +257,7 @@ def keep(found: list[dict]) -> None:
     file = RESULTS / ("train_real_gpu.json" if torch.cuda.is_available() else "train_cpu.json")
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     write_json(file, {**known, "machine": machine, "rows": rows})
+    return rows
 
 
 if __name__ == "__main__":
