@@ -58,7 +58,7 @@ def ours(
     params: Params,
     rows: list[dict],
     dtype: str = "auto",
-    order: str = "shared",
+    order: str | None = None,
     quantize: str | None = None,
 ) -> dict:
     machine = resolve(params.machine.model_copy(update={"dtype": dtype}))
@@ -68,7 +68,9 @@ def ours(
     if machine.device == "cuda":
         compile_pieces(model.get_base_model())
     steps = math.ceil(len(rows) / params.train.batch_size)
-    settings = params.train.model_copy(update={"epochs": (STEPS - 0.5) / steps, "order": order, "validations": 1})
+    settings = params.train.model_copy(
+        update={"epochs": (STEPS - 0.5) / steps, "order": order or params.train.order, "validations": 1}
+    )
     marks = Marks()
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

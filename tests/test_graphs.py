@@ -274,13 +274,13 @@ def test_several_packs_give_the_gradients_of_pefts_own_lines_whether_all_some_or
     chance = random.Random(0)
     packs = [pack(rows(6, count, chance), 10_000)[0] for count in shared * 2]
     found = []
-    for recording in (False, True):
+    for fused, recording in ((False, False), (True, False), (True, True)):
         base = load_model(tiny_model, "cuda", torch.bfloat16, quantize=quantize)
         model = add_adapters(base, lora, seed=0).train()
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator("cuda").manual_seed(0))
-        if recording:  # what it is compared with are PEFT's own lines
+        if fused:
             fuse(model)
         own_gradients(model)
         coming = [(len(piece), any(one.shared_end for one in piece.segments)) for piece in packs[:known]]
@@ -292,12 +292,15 @@ def test_several_packs_give_the_gradients_of_pefts_own_lines_whether_all_some_or
             loss.backward()
             losses.append(loss.item())
         found.append((losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}))
-    (plain_losses, plain), (losses, gradients) = found
-    assert losses == pytest.approx(plain_losses, rel=0.01)
+    (plain_losses, plain), (fused_losses, unrecorded), (losses, gradients) = found
+    assert losses == pytest.approx(plain_losses, rel=0.01) and losses == pytest.approx(fused_losses, rel=0.01)
+    # on int8 PEFT's lines and these differ by 5 to 6.5%, read on an H200: bfloat16's rounding alone puts the one up to
+    # 4% and the other 3 to 6.5% beside float32's gradients, read on a CPU
+    within = 0.1 if quantize == "int8" else 0.05
     for name, gradient in plain.items():
         assert gradient.norm() > 0 and gradient.dtype == torch.float32, name
-        # bfloat16's rounding: beside float32's gradients, PEFT's are up to 4% off on a CPU, these 3 to 6.5
-        assert (gradients[name] - gradient).norm() < 0.1 * gradient.norm(), name
+        assert (gradients[name] - gradient).norm() < within * gradient.norm(), name
+        assert (gradients[name] - unrecorded[name]).norm() < 0.05 * unrecorded[name].norm(), name
 
 
 @on_gpu
