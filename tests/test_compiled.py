@@ -1,6 +1,7 @@
 """Norms and rotary embedding as a GPU's kernels want them laid out: the same numbers, here uncompiled."""
 
 import functools
+import importlib
 import sys
 
 import pytest
@@ -66,6 +67,52 @@ def test_a_model_whose_norms_and_rotary_embedding_are_laid_out_anew_has_the_grad
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7)
 
 
+def own_gradient(norm: torch.nn.Module, x: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+    x = x.clone().requires_grad_()
+    norm(x).backward(outer)
+    return x.grad
+
+
+@pytest.mark.parametrize("kind", ["gemma3.modeling_gemma3.Gemma3RMSNorm", "llama.modeling_llama.LlamaRMSNorm"])
+@pytest.mark.parametrize("dtype, within", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_the_gradient_through_a_norm_is_that_of_float64(kind, dtype, within, pieces):
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    module, name = kind.rsplit(".", 1)
+    model = torch.nn.Module()
+    model.config = transformers.LlamaConfig()
+    model.norm = getattr(importlib.import_module(f"transformers.models.{module}"), name)(32, eps=1e-3).to(dtype)
+    model.norm.weight = torch.nn.Parameter(draw(32).to(dtype), requires_grad=False)
+    x, outer = draw(2, 5, 32).to(dtype), draw(2, 5, 32).to(dtype)
+    x[0, 0] = 0  # where ε is all there is
+    exact, weight = x.double().requires_grad_(), model.norm.weight.double() + ("gemma" in kind)
+    (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-3) * weight).backward(outer.double())
+    compiled.compile_pieces(model)
+    assert type(model.norm(x.clone().requires_grad_()).grad_fn).__name__ == "NormBackward"
+    found = own_gradient(model.norm, x, outer).double()
+    assert (found - exact.grad).norm() < within * exact.grad.norm()
+
+
+class TwiceRMSNorm(torch.nn.Module):
+    """As no family has it: what is added to the weight is 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(8), requires_grad=False), 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (2 + self.weight)
+
+
+def test_a_norm_that_computes_something_else_keeps_autograds_own_way(pieces):
+    model = torch.nn.Module()
+    model.config, model.norm = transformers.LlamaConfig(), TwiceRMSNorm()
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    x, outer = draw(3, 8), draw(3, 8)
+    expected = own_gradient(model.norm, x, outer)
+    compiled.compile_pieces(model)
+    assert torch.equal(own_gradient(model.norm, x, outer), expected)
+
+
 def test_a_norm_whose_weight_is_trained_keeps_autograds_own_way(pieces):
     model = made("Llama").get_base_model()
     norm = model.model.norm
@@ -91,7 +138,8 @@ def test_queries_and_keys_are_turned_in_the_order_in_which_they_lie_in_memory(he
         seen.append(arguments[0].shape)
         return rotary(*arguments, **options)
 
-    found, expected = compiled.by_token(rotary, watched)(query, key, cos, sin), rotary(query, key, cos, sin)
+    found = compiled.by_token(rotary, watched, turned_back=False)(query, key, cos, sin)
+    expected = rotary(query, key, cos, sin)
     assert seen == [torch.Size([1, 5, 4, 8] if heads_first else [1, 4, 5, 8])]
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
