@@ -1,6 +1,8 @@
 """Recorded passes on a GPU: the gradients of the same packs without recording, whatever comes after one another."""
 
+import contextlib
 import functools
+import gc
 import itertools
 import random
 import sys
@@ -212,6 +214,27 @@ def test_the_compiler_is_asked_for_each_piece_once(tiny_model, asked, without_a_
         pack_loss(base, piece).backward()
     assert asked
     assert len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_collected_while_a_pass_is_recorded(tiny_model, fails, without_a_gpu, monkeypatch):
+    base, model = adapted(tiny_model)
+    own_gradients(model)
+    collecting = []
+
+    def record(decoder, inputs, **options):
+        collecting.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **_: contextlib.nullcontext())
+    made = rows(20, 0, random.Random(0))
+    (piece,) = pack(made, 10_000)
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        Graphs(base, made, sizes(made, 10_000))._record(piece, 1024, False)
+    assert collecting == [False]
+    assert gc.isenabled()
 
 
 def _seen(found: dict[int, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,11 @@ A decoder makes thousands of short kernels, and a processor needs longer to laun
 graph is launched whole. Its shapes are fixed, so packs are padded to the next of a few sizes.
 """
 
+import contextlib
 import functools
+import gc
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -114,9 +116,10 @@ class Graphs:
         # a run that goes on after a kill records again: dropout must not see that in its random numbers
         with torch.random.fork_rng(devices=[self.model.device]):
             self._try(decoder, inputs)
-            self.recorded[size, shared] = torch.cuda.make_graphed_callables(
-                decoder, inputs, num_warmup_iters=0, allow_unused_input=True, pool=self.pool
-            )
+            with uncollected():
+                self.recorded[size, shared] = torch.cuda.make_graphed_callables(
+                    decoder, inputs, num_warmup_iters=0, allow_unused_input=True, pool=self.pool
+                )
 
     def _try(self, decoder: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         """One pass there and back that leaves nothing behind, through a layer of each kind after the first."""
@@ -140,6 +143,20 @@ class Graphs:
         if torch.cuda.is_current_stream_capturing() or not hidden.requires_grad or not torch.is_grad_enabled():
             return plain(hidden, *more, **options)
         return recomputed(lambda hidden: plain(hidden, *more, **options), hidden)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's garbage collector at rest: among what it finds may be a graph that nobody holds, or a kernel that was
+    tried and not taken, and a GPU that is told to give up either while it records gives up the recording
+    (pytorch/pytorch#161037)."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def layers_to_try(decoder: nn.Module) -> int:
