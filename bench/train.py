@@ -4,7 +4,8 @@
 
 Weights are random, since the arithmetic is the same: what is measured is speed. Rows have lognormal lengths, median
 300, at most 2048, and the loss counts the last quarter of each. The first variant runs again at the end, to show drift.
-axolotl and axolotl-nf4 are bench/peer_axolotl.py, with the packages of the folder AXOLOTL_SITE before others.
+axolotl and axolotl-nf4 are bench/peer_axolotl.py, with the packages of the folder AXOLOTL_SITE before others; unsloth
+and unsloth-nf4 bench/peer_unsloth.py, with those of UNSLOTH_SITE, and TOKENIZER, a folder with Gemma 3's tokenizer.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ ROWS_A_STEP = 48
 WARM = 12
 MEASURED = {"gemma2-9b": 20, "gemma3-27b": 20}  # steps after the warm ones; of smaller models 100
 PEERS_MEASURED = 20  # which record nothing
-LONGEST_SECONDS = 150
+LONGEST_SECONDS = {"unsloth": 300, "unsloth-nf4": 300}  # that compiles for minutes
 TOKENS_PER_PACK = {"ours-smaller-packs": 8192}
 PEAK_TFLOPS = 790  # of an 8192³ product in bfloat16 on an H100 and an H200, read there
 
@@ -426,7 +427,13 @@ VARIANTS = {
         gradient_checkpointing=True,
     ),
 }
-AXOLOTL = {"axolotl": [], "axolotl-nf4": ["nf4"]}
+# peers that pin other versions, with the variable that names their packages' folder
+APART = {
+    "axolotl": ("AXOLOTL_SITE", ["bench.peer_axolotl"], []),
+    "axolotl-nf4": ("AXOLOTL_SITE", ["bench.peer_axolotl"], ["nf4"]),
+    "unsloth": ("UNSLOTH_SITE", ["bench.peer_unsloth", "rate"], []),
+    "unsloth-nf4": ("UNSLOTH_SITE", ["bench.peer_unsloth", "rate"], ["nf4"]),
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -440,12 +447,14 @@ def main(arguments: list[str]) -> None:
     found = []
     for name in [*names, names[0]] if len(names) > 1 else names:
         asked, there = ["bench.train", "one", model, name], dict(os.environ)
-        if name in AXOLOTL:
-            asked = ["bench.peer_axolotl", model, *AXOLOTL[name]]
-            paths = [os.environ.get("AXOLOTL_SITE"), os.environ.get("PYTHONPATH")]
-            there |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "AXOLOTL_DO_NOT_TRACK": "1"}
+        if name in APART:
+            site, module, options = APART[name]
+            asked = [*module, model, *options]
+            paths = [os.environ.get(site), os.environ.get("PYTHONPATH")]
+            silent = {"AXOLOTL_DO_NOT_TRACK": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+            there |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), **silent}
         began = time.monotonic()
-        command = ["timeout", str(LONGEST_SECONDS), sys.executable, "-m", *asked]
+        command = ["timeout", str(LONGEST_SECONDS.get(name, 150)), sys.executable, "-m", *asked]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=there)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         missing = {"missing": f"exit status {done.returncode}: {done.stderr[-1500:]}"}
