@@ -39,8 +39,8 @@ from stages.models import memory
 
 RESULTS = Path(__file__).parent / "results/gpus.json"
 H200 = Path(__file__).parent / "results/train_h200.json"
-# Of H200. Those before kept act(gate)·up (fused._GatedLora), in packs of 16,384 tokens at most; of 4B, 9B, int8 and
-# dropout nothing was read since.
+# Of H200. Those before kept act(gate)·up (fused._GatedLora), in packs of 16,384 tokens at most; of 9B and int8 nothing
+# was read since.
 FIRST_RUN = 8
 STEPS = 2  # most is held from the second on, when the optimizer has its moments
 LONGEST_SECONDS = 150  # on a GPU
