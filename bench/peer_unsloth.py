@@ -6,11 +6,13 @@
 Written against unsloth 2026.10.9, for `bench.train_stage`; `rate` for `bench.train`: a shape of that, and rows of the
 same lengths. Rows are text that it tokenizes itself, and the loss counts every token: this leaves on what makes it
 fast, batches without padding, which it gives up for rows that are tokens already. No evaluation, no gradient
-checkpointing. Prints one line, RESULT and JSON; its times are those of the clock.
+checkpointing. Prints one line, RESULT and JSON; its times are those of the clock, and `xformers` says whether it was
+there, since Unsloth's attention goes by it where it can.
 """
 
 import unsloth  # noqa: F401, I001 - before transformers and TRL, which it patches
 
+import importlib.util
 import json
 import os
 import random
@@ -30,6 +32,7 @@ from unsloth import FastModel
 from bench.train import MODELS, PEERS_MEASURED, ROWS_A_STEP, SCRATCH, WARM, Marks, figures, folder_of, rows
 
 LONGEST_TOKENS = 2048
+XFORMERS = importlib.util.find_spec("xformers") is not None
 
 
 class FirstStep(TrainerCallback):
@@ -111,6 +114,7 @@ def main(base: str, texts: str, out: str, *quantized: str) -> None:
         "first_step_seconds": round(first.ended - tokenized, 1),
         "loss": points[-1]["loss"],
         "gradient_norm": float(points[-1]["grad_norm"]),
+        "xformers": XFORMERS,
         "padding_free": bool(getattr(trainer.args, "padding_free", False)),
         "ends": {"imports": imported, "load": loaded, "tokenize": tokenized, "train": trained, "save": saved},
     }
@@ -175,7 +179,7 @@ def rate(shape: str, *quantized: str) -> None:
     trainer.train()
     points = [point for point in trainer.state.log_history if "loss" in point]
     found = figures(marks, counting.tokens[:steps], shape)
-    found |= {"loss": points[-1]["loss"], "gradient_norm": float(points[-1]["grad_norm"])}
+    found |= {"loss": points[-1]["loss"], "gradient_norm": float(points[-1]["grad_norm"]), "xformers": XFORMERS}
     print("RESULT " + json.dumps(found), flush=True)
 
 
