@@ -43,7 +43,7 @@ from trl import SFTConfig, SFTTrainer
 from stages import timing
 from stages.models.attention import takes_flash
 from stages.models.checkpoints import Checkpoint, Run, checksums, opened, surroundings
-from stages.models.families import family
+from stages.models.families import recordable
 from stages.models.graphs import Graphs, own_gradients
 from stages.models.load import load_model, mean_loss, pack_loss, row_losses
 from stages.models.compiled import compile_pieces
@@ -152,7 +152,7 @@ class Trainer(SFTTrainer):
         ranks.begin_alike(self.adapters)
         self.graphs = None
         base = model.get_base_model()
-        if takes_flash(base) and family(base).recorded and not embedding_trained(model) and not sharded:
+        if takes_flash(base) and recordable(base) and not embedding_trained(model) and not sharded:
             own_gradients(model)
             steps = (ranks.share([rows[i] for i in step], self.tokens_per_pack) for step in self.planned)
             coming = (size for step in steps for size in sizes(step, self.tokens_per_pack))
@@ -199,6 +199,9 @@ class Trainer(SFTTrainer):
                     loss = pack_loss(model.get_base_model(), piece, recorded) / step.supervised
                 self.accelerator.backward(loss)
                 total += loss.detach()
+                # with it goes what autograd holds of the pass: where that was not recorded and the next one is, it
+                # would end the recording (pytorch/pytorch#180090)
+                del loss
                 if self.pod:
                     self.pod.compute()
         self.loss_now = self.ranks.add_up(self.adapters, total)

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import sys
+import threading
 
 import pytest
 import torch
@@ -120,6 +121,27 @@ def test_a_norm_whose_weight_is_trained_keeps_autograds_own_way(pieces):
     pieces(model)
     norm(torch.ones(1, 3, 32).cumsum(-1)).sum().backward()
     assert norm.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("compiler", [compiled.any_length, compiled.any_weight])
+def test_a_function_is_compiled_for_as_many_shapes_in_autograds_thread_as_in_any(compiler, monkeypatch):
+    asked, really = [], torch.compile
+
+    def backend(module, inputs):
+        asked.append(module)
+        return module.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, options=None, **more: really(function, backend=backend, **more)
+    )
+    torch._dynamo.reset()
+    function = compiler.__wrapped__(lambda x: x * 2 + 1)
+    shapes = [(3,) * dimensions for dimensions in range(2, 16)]
+    thread = threading.Thread(target=lambda: [function(torch.ones(shape)) for shape in shapes])
+    thread.start()
+    thread.join()
+    torch._dynamo.reset()
+    assert len(asked) == len(shapes)
 
 
 @pytest.mark.parametrize("heads_first", [True, False])

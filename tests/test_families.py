@@ -9,12 +9,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from stages import download, encode, evaluate, merge, prepare, train, validation
 from stages.models import load, packs, towers
 from stages.models.attention import _softcapped
-from stages.models.families import FAMILIES, adaptable, family
+from stages.models.families import FAMILIES, adaptable, family, recordable
 from stages.models.generate import attention_for_generation, generate
 from stages.models.load import load_model, packed_logits
 from stages.models.lora import add_adapters
@@ -311,6 +312,43 @@ def test_a_family_that_no_test_tries_is_warned_of_in_one_line(tmp_path, capfd):
         (line,) = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
         assert "qwen2 is not a family that the tests try; packed rows are right in it" in line
     assert not family(load_model(tmp_path, "cpu", torch.float32)).recorded
+
+
+class Waits(TorchDispatchMode):
+    """Counts what asks the device for a number, which a CUDA graph cannot hold."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, given=(), options=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*given, **(options or {}))
+
+
+ROPES = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "llama3": {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "dynamic": {"factor": 2.0},
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_model_whose_rotary_embedding_waits_for_the_device_is_not_recorded(kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, **ROPES[kind]}
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, **HEADS, rope_parameters=rope, max_position_embeddings=128))
+    with Waits() as waits, torch.no_grad():
+        model.get_decoder().rotary_emb(torch.ones(1, 16, 32), torch.arange(16)[None])
+    assert recordable(model) == (waits.count == 0)
+    assert recordable(model) == (kind not in ("dynamic", "longrope"))
+
+
+def test_a_model_whose_kinds_of_layers_have_rotary_embeddings_of_their_own_is_recorded(tmp_path):
+    tiny_families.write("gemma3", tmp_path)
+    model = load_model(tmp_path, "cpu", torch.float32)
+    assert isinstance(model.get_decoder().rotary_emb.rope_type, dict) and recordable(model)
+    model.get_decoder().rotary_emb.rope_type["full_attention"] = "dynamic"
+    assert not recordable(model)
 
 
 SMALL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

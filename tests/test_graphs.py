@@ -18,8 +18,9 @@ from stages.models.graphs import MOST, Graphs, _Decoder, chosen, layers_to_try, 
 from stages.models.load import load_model, pack_loss
 from stages.models.lora import add_adapters
 from stages.models.packs import IGNORED, pack, sizes
-from stages.models.ranks import Ranks
+from stages.models.ranks import ALONE, Ranks
 from stages.params import Lora
+from stages.train import Step, Trainer
 from tests.conftest import LORA
 from tests.test_packs import flash
 
@@ -235,6 +236,48 @@ def test_no_garbage_is_collected_while_a_pass_is_recorded(tiny_model, fails, wit
         Graphs(base, made, sizes(made, 10_000))._record(piece, 1024, False)
     assert collecting == [False]
     assert gc.isenabled()
+
+
+def adder(parameter: torch.nn.Parameter) -> torch.autograd.graph.Node:
+    """What adds to the parameter's gradient: one while a pass lives that it is in, then another."""
+    return torch.autograd.graph.get_gradient_edge(parameter).node
+
+
+def test_nothing_of_a_pack_that_was_not_recorded_lives_while_the_next_one_is(tiny_model, without_a_gpu, monkeypatch):
+    base, model = adapted(tiny_model)
+    own_gradients(model)
+    made = rows(27, 200, random.Random(0))
+    packs = pack(made, 700)
+    passes = Graphs(base, made, sizes(made, 700))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    recorded, living = [], []
+
+    def record(decoder, inputs, **options):
+        recorded.append(inputs)
+        living.extend(parameter for parameter in trained if "earlier" in adder(parameter).metadata)
+        return decoder
+
+    def backward(loss):
+        for parameter in trained:
+            adder(parameter).metadata["earlier"] = True
+        loss.backward()
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **_: contextlib.nullcontext())
+    fits = [passes._inputs(piece, 768, True) is not None for piece in packs]
+    trainer = types.SimpleNamespace(
+        ranks=ALONE,
+        args=types.SimpleNamespace(seed=0, device="cpu"),
+        state=types.SimpleNamespace(global_step=0),
+        accelerator=types.SimpleNamespace(backward=backward),
+        graphs=passes,
+        adapters=trained,
+        pod=None,
+        _passes=lambda *_, **__: contextlib.nullcontext(),
+    )
+    Trainer.training_step(trainer, model, Step(packs, 1, 1, []))
+    assert fits[0] is False and recorded, "the first has no graph, a later one has"
+    assert not living
 
 
 def _seen(found: dict[int, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

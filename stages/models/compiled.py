@@ -13,8 +13,12 @@ from transformers import PreTrainedModel
 
 from stages.models.families import FAMILIES
 
-# the norms of a model are one function to the compiler, which by default gives up at the ninth shape or surrounding
-torch._dynamo.config.recompile_limit = 64
+# The norms of a model are one function to the compiler, which by default gives up at the ninth shape or surrounding.
+# Since PyTorch 2.12 a setting is its thread's own, and the way back has another thread: there the limit goes with the
+# function.
+LIMIT = {"recompile_limit": 64}
+torch._dynamo.config.recompile_limit = LIMIT["recompile_limit"]
+OWN_LIMIT = LIMIT if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 
 
 @functools.cache
@@ -23,7 +27,7 @@ def any_length(function: Callable) -> Callable:
     where a kernel does not, it reads numbers one by one, at a third of the speed."""
     # Whole rows at a time: by itself the compiler reads rows of more than 1,024 numbers twice. 3 is what its code takes
     # for that, where its comment says 2 (PyTorch 2.11 to 2.13).
-    compiled = torch.compile(function, options={"triton.multi_kernel": 3})
+    compiled = torch.compile(function, options={"triton.multi_kernel": 3}, **OWN_LIMIT)
 
     def called(*arguments, **options):
         for argument in arguments:
@@ -38,7 +42,7 @@ def any_length(function: Callable) -> Callable:
 @functools.cache
 def any_weight(function: Callable) -> Callable:
     """The function compiled for weights, anew for each shape: a model has few."""
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, **OWN_LIMIT)
 
 
 def compile_pieces(model: PreTrainedModel) -> None:

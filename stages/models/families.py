@@ -36,6 +36,14 @@ def family(model: PreTrainedModel) -> Family:
     return FAMILIES.get(model.config.model_type, Family(recorded=False, sharded=False))
 
 
+def recordable(model: PreTrainedModel) -> bool:
+    """Whether the model's decoder can be a CUDA graph: not where the rotary embedding chooses its frequencies by the
+    longest row of each pass, for which transformers waits for the GPU."""
+    kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", "default")
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]  # one, or one for each kind of layer
+    return family(model).recorded and not any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
 def adaptable(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     """The linear layers of the language model, by their names in the whole: not the head, not what sees or hears."""
     decoder = model.get_decoder()

@@ -66,7 +66,8 @@ class Graphs:
     All graphs share one pool of memory, and nothing else can use what is free there. So the largest of a kind comes
     first: what the others need is found in what it leaves. And what passes without a graph (the pass before a
     recording, in which kernels are compiled and chosen, and a pack that no graph fits) keeps only what goes into each
-    layer (recomputed.py): there is no room for a second pack's whole pass beside the pool.
+    layer (recomputed.py): there is no room for a second pack's whole pass beside the pool. None is given up before the
+    training ends: with one goes what products of the others work in (pytorch/pytorch#193402).
     """
 
     def __init__(self, model: PreTrainedModel, rows: list[dict], coming: Iterable[tuple[int, bool]]):
