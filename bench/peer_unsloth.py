@@ -140,7 +140,8 @@ class Counting:
 
 def rate(shape: str, *quantized: str) -> None:
     base, files = SCRATCH / f"{shape}-words", Path(os.environ["TOKENIZER"])
-    shutil.copytree(folder_of(shape), base, dirs_exist_ok=True, copy_function=os.link)
+    shutil.rmtree(base, ignore_errors=True)
+    shutil.copytree(folder_of(shape), base, copy_function=os.link)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (files / name).is_file():
             shutil.copyfile(files / name, base / name)

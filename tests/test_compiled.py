@@ -2,17 +2,23 @@
 
 import functools
 import importlib
+import random
 import sys
 import threading
+import types
 
 import pytest
 import torch
 import transformers
 
 from stages.models import compiled
+from stages.models.load import load_model, pack_loss
 from stages.models.lora import add_adapters
+from stages.models.packs import pack
 from stages.params import Lora
+from tests import tiny_families
 from tests.conftest import LORA
+from tests.test_graphs import rows
 
 SIZES = {
     "vocab_size": 64,
@@ -114,6 +120,26 @@ def test_a_norm_that_computes_something_else_keeps_autograds_own_way(pieces):
     assert torch.equal(own_gradient(model.norm, x, outer), expected)
 
 
+@pytest.mark.parametrize("family", tiny_families.FAMILIES)
+def test_a_family_has_the_gradients_that_it_had(family, tmp_path, pieces):
+    tiny_families.write(family, tmp_path)
+    (piece,) = pack(rows(6, 40, random.Random(0)), 10_000)
+    found = []
+    for change in (lambda model: None, pieces):
+        base = load_model(tmp_path, "cpu", torch.float32)
+        model = add_adapters(base, Lora(**LORA), seed=0).train()
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        change(base)
+        pack_loss(base, piece).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, gradients = found
+    assert plain.keys() == gradients.keys() and plain
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+
+
 def test_a_norm_whose_weight_is_trained_keeps_autograds_own_way(pieces):
     model = made("Llama").get_base_model()
     norm = model.model.norm
@@ -121,6 +147,44 @@ def test_a_norm_whose_weight_is_trained_keeps_autograds_own_way(pieces):
     pieces(model)
     norm(torch.ones(1, 3, 32).cumsum(-1)).sum().backward()
     assert norm.weight.grad.norm() > 0
+
+
+class GatedRMSNorm(TwiceRMSNorm):
+    """As some state space models have it."""
+
+    def forward(self, x, gate=1.0):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight * gate
+
+
+def test_a_norm_of_more_than_x_is_given_all_of_it(pieces):
+    model = torch.nn.Module()
+    model.config, model.norm = transformers.LlamaConfig(), GatedRMSNorm()
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    expected = model.norm(x, gate=x)
+    compiled.compile_pieces(model)
+    assert torch.equal(model.norm(x, gate=x), expected)
+
+
+def test_a_rotary_embedding_of_an_unknown_family_keeps_autograds_own_way(pieces, monkeypatch):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotary
+
+    modeling = types.ModuleType("modeling_odd")
+    modeling.apply_rotary_pos_emb = rotary
+    monkeypatch.setitem(sys.modules, "modeling_odd", modeling)
+    model = type("Odd", (torch.nn.Module,), {"__module__": "modeling_odd"})()
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    query, key, cos, sin = draw(1, 4, 5, 8), draw(1, 2, 5, 8), draw(1, 5, 8), draw(1, 5, 8)  # a pair's angles differ
+
+    def gradient() -> torch.Tensor:
+        x = query.clone().requires_grad_()
+        modeling.apply_rotary_pos_emb(x, key, cos, sin)[0].square().sum().backward()
+        return x.grad
+
+    expected = gradient()
+    model.config = transformers.Qwen2Config()
+    compiled.compile_pieces(model)
+    assert modeling.apply_rotary_pos_emb is not rotary
+    assert torch.equal(gradient(), expected)
 
 
 @pytest.mark.parametrize("compiler", [compiled.any_length, compiled.any_weight])

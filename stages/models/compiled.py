@@ -47,19 +47,17 @@ def any_weight(function: Callable) -> Callable:
 
 def compile_pieces(model: PreTrainedModel) -> None:
     """Have the model's norms and rotary embedding compiled, for any number of tokens."""
-    added: dict[type, float | None] = {}
     for module in model.modules():
-        kind = type(module)
-        if not kind.__name__.endswith("RMSNorm"):
-            continue
-        if kind not in added:
-            added[kind] = added_to_weight(module)
-        own = added[kind] is not None and not module.weight.requires_grad
-        normed = functools.partial(_normed, kind.forward, added[kind]) if own else any_length(kind.forward)
-        module.forward = types.MethodType(normed, module)
+        forward = type(module).forward
+        if type(module).__name__.endswith("RMSNorm"):
+            added = added_to_weight(module)
+            own = added is not None and not module.weight.requires_grad
+            normed = functools.partial(_normed, forward, added) if own else any_length(forward)
+            module.forward = types.MethodType(normed, module)
     modeling = sys.modules[type(model).__module__]
     rotary = getattr(modeling, "apply_rotary_pos_emb", None)
     if rotary is not None and rotary.__module__ != __name__:
+        # in all families that the tests try the two numbers of a pair are turned by one angle
         compiled = by_token(rotary, any_length(rotary), turned_back=model.config.model_type in FAMILIES)
 
         # the module's function is also that of models that answer meanwhile (lora.twin), whose shapes are others
@@ -91,8 +89,8 @@ def added_to_weight(norm: nn.Module) -> float | None:
 
 
 class Norm(torch.autograd.Function):
-    """A norm whose weight is not trained. Autograd's own compiled pass first copies a gradient whose rows do not lie
-    one behind the other, as those of layers with adapters do."""
+    """An RMS norm of x [..., C] whose weight [C] is not trained. Autograd's own compiled pass first copies a gradient
+    whose rows do not lie one behind the other, as those of layers with adapters do."""
 
     @staticmethod
     def forward(ctx, x, norm, forward, added):
@@ -107,8 +105,8 @@ class Norm(torch.autograd.Function):
 
 
 def to_normed(norm: nn.Module, added: float, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient of x, from that of norm(x) = x·r·w, where r = 1/√(mean(x²) + ε) and w is the weight and what is
-    `added` to it: with n = x·r, and g the gradient times w, (g - n·mean(g·n))·r."""
+    """The gradient of x [..., C], from that of norm(x) = x·r·w, where r = 1/√(mean(x²) + ε) and w is the weight and
+    what is `added` to it: with n = x·r, and g the gradient times w, (g - n·mean(g·n))·r."""
     wide = x.float()
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + _epsilon(norm))
     n, g = wide * r, gradient.float() * (norm.weight.float() + added)
@@ -127,7 +125,8 @@ def _heads_first(x: torch.Tensor) -> bool:
 
 
 class Rotary(torch.autograd.Function):
-    """Queries and keys, each pair of their numbers turned by an angle. Their gradients are turned back, by the same
+    """The rotary embedding (Su et al. 2021) of queries and keys, each [1, heads, T, C] or as `turn` takes them: each
+    pair of their numbers turned by an angle, its cos and sin [1, T, C]. Their gradients are turned back, by the same
     code; autograd's own way back would be compiled apart."""
 
     @staticmethod
@@ -155,8 +154,8 @@ def by_token(rotary: Callable, compiled: Callable, turned_back: bool) -> Callabl
         told = "unsqueeze_dim" in signature.bind(*arguments, **options).arguments
         if axis is None or axis.default != 1 or told or not heads or not all(map(_heads_first, heads)):
             return compiled(*arguments, **options)
-        by_token = (x.transpose(1, 2) if any(x is one for one in heads) else x for x in arguments)
-        out = compiled(*by_token, **options, unsqueeze_dim=2)
+        laid = (x.transpose(1, 2) if any(x is one for one in heads) else x for x in arguments)
+        out = compiled(*laid, **options, unsqueeze_dim=2)
         return out.transpose(1, 2) if isinstance(out, torch.Tensor) else tuple(x.transpose(1, 2) for x in out)
 
     if not turned_back:
@@ -164,7 +163,9 @@ def by_token(rotary: Callable, compiled: Callable, turned_back: bool) -> Callabl
     count = list(signature.parameters).index("cos")
 
     def turned(*arguments, **options):
-        heads, (cos, sin) = arguments[:count], arguments[count:]
+        if len(arguments) != count + 2:  # more than heads, cos and sin, or these by name
+            return turn(*arguments, **options)
+        *heads, cos, sin = arguments
         return Rotary.apply(functools.partial(turn, **options), cos, sin, *heads)
 
     return turned
