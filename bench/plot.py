@@ -22,7 +22,7 @@ NAMES = {
 
 
 def training(axes) -> None:
-    """The slowest reading of each variant in the newest run that has TRL's fastest, or else in the newest that has it."""
+    """The slowest reading of each variant in the newest run with TRL's fastest, or else in the newest that has it."""
     rows = json.loads((RESULTS / "train_h200.json").read_text(encoding="utf-8"))
     runs: dict[int, dict[str, float]] = {}
     for row in rows:
